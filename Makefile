@@ -1,0 +1,39 @@
+# Everything here sets itself up: `make demo` and `make test` work on a fresh clone, in any order.
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint unit lock clean
+
+demo: $(INSTALLED)  ## three videos through the real frontend, a table and a contact sheet
+	$(RUN) demo.py
+
+test: $(INSTALLED) lint  ## the whole suite
+	$(RUN) -m pytest
+
+unit: $(INSTALLED)  ## only what needs no FastVideo
+	$(RUN) -m pytest tests/unit
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+lock: $(VENV)/.uv  ## resolve pyproject.toml into requirements.lock
+	$(VENV)/bin/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
+		--no-emit-index-url --no-header --no-annotate --output-file requirements.lock
+
+$(VENV)/.uv:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	touch $@
+
+$(INSTALLED): $(VENV)/.uv requirements.lock pyproject.toml
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --no-deps -r requirements.lock
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .work demo-out *.egg-info

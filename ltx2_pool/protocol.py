@@ -1,0 +1,161 @@
+"""The messages between the worker and a shape process, and their framing on the Connection.
+
+The transport is a ``multiprocessing.Connection`` over an inherited socket pair. The child uses the Connection itself;
+the parent reads the same frames from its event loop: a 4-byte big-endian signed length, then the payload (CPython
+Lib/multiprocessing/connection.py: Connection._send_bytes). Payloads are JSON, never pickle, so that nothing a child
+sends can run code in the parent. Videos do not travel here: a child writes a file and names it.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ltx2_pool.recipe import Recipe
+from ltx2_pool.requests import Job
+from ltx2_pool.shapes import Shape
+
+HEADER = struct.Struct("!i")
+MAX_MESSAGE = 1 << 20
+"""Bytes. No message comes near it; a longer one means the peer is not speaking this protocol."""
+
+
+class ProtocolError(Exception):
+    """The peer sent something that is not one of the messages below."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Assign(_Message):
+    """Parent to child, first and once: the shape that the process is pinned to for life."""
+
+    type: Literal["assign"] = "assign"
+    shape: Shape
+    recipe: Recipe
+    output_dir: str
+    """Directory that the child may write videos to."""
+
+
+class Generate(_Message):
+    """Parent to child: make this video and write it to ``<output_dir>/<job id>.mp4``."""
+
+    type: Literal["generate"] = "generate"
+    job: Job
+
+
+class Cancel(_Message):
+    """Parent to child: stop that job before its next denoise step. Answered by Failed(kind="cancelled") or Done."""
+
+    type: Literal["cancel"] = "cancel"
+    job_id: str
+
+
+class Shutdown(_Message):
+    """Parent to child: exit 0."""
+
+    type: Literal["shutdown"] = "shutdown"
+
+
+class Ready(_Message):
+    """Child to parent: jobs are welcome. Seconds since the process began each phase of its start."""
+
+    type: Literal["ready"] = "ready"
+    pid: int
+    import_s: float
+    load_s: float
+
+
+class Phase(_Message):
+    """Child to parent: the job entered a phase (text, denoise, decode, encode)."""
+
+    type: Literal["phase"] = "phase"
+    job_id: str
+    phase: str
+
+
+class Step(_Message):
+    """Child to parent: `done` of `total` denoise steps are behind the job."""
+
+    type: Literal["step"] = "step"
+    job_id: str
+    done: int
+    total: int
+
+
+class Done(_Message):
+    """Child to parent: the video is in the output directory."""
+
+    type: Literal["done"] = "done"
+    job_id: str
+    size: int
+    """Bytes of the MP4."""
+    sample_rate: int
+    """Hz of the audio track, 0 without one."""
+    phases: dict[str, float]
+    """Seconds spent in each phase."""
+
+
+class Failed(_Message):
+    """Child to parent: no video. After ``soft`` and ``cancelled`` the child serves on; ``fatal`` is its last message."""
+
+    type: Literal["failed"] = "failed"
+    job_id: str
+    kind: Literal["refused", "soft", "cancelled", "fatal"]
+    """``refused`` is soft too: the pipeline did not accept the parameters, so the client can mend it."""
+    error: str
+    """``ExceptionClass: message``."""
+
+
+class Broken(_Message):
+    """Child to parent: the process could not start, and why. Its last message."""
+
+    type: Literal["broken"] = "broken"
+    error: str
+
+
+FromParent = Assign | Generate | Cancel | Shutdown
+FromChild = Ready | Phase | Step | Done | Failed | Broken
+
+_M = TypeVar("_M")
+
+_from_parent: TypeAdapter[FromParent] = TypeAdapter(Annotated[FromParent, Field(discriminator="type")])
+_from_child: TypeAdapter[FromChild] = TypeAdapter(Annotated[FromChild, Field(discriminator="type")])
+
+
+def encode(message: FromParent | FromChild) -> bytes:
+    """The payload of a frame."""
+    return message.model_dump_json().encode()
+
+
+def frame(payload: bytes) -> bytes:
+    """A payload as ``Connection.recv_bytes`` expects it."""
+    return HEADER.pack(len(payload)) + payload
+
+
+def payload_length(header: bytes) -> int:
+    """The length that a frame's header announces. Raises ProtocolError when no message can be that long."""
+    (length,) = HEADER.unpack(header)
+    if not 0 < length <= MAX_MESSAGE:
+        raise ProtocolError(f"a frame of {length} bytes was announced (at most {MAX_MESSAGE} are allowed)")
+    return int(length)
+
+
+def decode_from_child(payload: bytes) -> FromChild:
+    """Raises ProtocolError."""
+    return _decode(_from_child, payload)
+
+
+def decode_from_parent(payload: bytes) -> FromParent:
+    """Raises ProtocolError."""
+    return _decode(_from_parent, payload)
+
+
+def _decode(adapter: TypeAdapter[_M], payload: bytes) -> _M:
+    try:
+        return adapter.validate_json(payload)
+    except ValidationError as error:
+        raise ProtocolError(f"not a message: {payload[:80]!r}: {error.errors()[0]['msg']}") from error

@@ -1,0 +1,40 @@
+"""The recipe: everything besides the shape that decides which code torch.compile makes."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from ltx2_pool.shapes import CacheDirs
+
+
+class Recipe(BaseModel):
+    """How the generator is built. Two processes with equal recipes, shapes and software make equal compile keys.
+
+    ``dynamic`` has no switch: it is always False. With torch's default (None) the second shape that a process meets
+    is recompiled with symbolic sizes, and those keys depend on which shapes came before.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_path: str
+    """Directory of an LTX-2 checkpoint in the Diffusers layout."""
+    compile: bool = True
+    compile_mode: str = "default"
+    compile_fullgraph: bool = False
+    attention_backend: str = "TORCH_SDPA"
+    """A FastVideo attention backend name (FastVideo platforms/interface.py: AttentionBackendEnum)."""
+    quantization: str | None = None
+    """Transformer quantization by FastVideo's name; ``NVFP4`` needs a Blackwell GPU."""
+
+    def environment(self, cache: CacheDirs) -> dict[str, str]:
+        """Variables that must be set before torch and fastvideo are imported."""
+        return {
+            **cache.environment(),
+            "FASTVIDEO_ATTENTION_BACKEND": self.attention_backend,
+            # A worker never downloads: the checkpoint is a directory.
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "FASTVIDEO_LOGGING_LEVEL": "WARNING",
+            # Lets torch.cuda.is_available() answer without a CUDA context, so that a preloaded process can fork.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        }

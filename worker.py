@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""The worker: serves LTX-2 video behind the Dynamo frontend, one shape-pinned process for each hot shape."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import uvloop
+
+from ltx2_pool import settings as settings_module
+from ltx2_pool.settings import Settings
+from ltx2_pool.shapes import Menu, MenuError
+
+
+def main() -> int:
+    settings = settings_module.parse(None, os.environ, "worker.py", __doc__ or "")
+    logging.basicConfig(
+        level=settings.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    try:
+        menu = Menu.load(settings.shapes)
+        menu.check_image(settings.image_shape_hash)
+        if not (settings.model / "model_index.json").is_file():
+            raise MenuError(
+                f"{settings.model} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
+                "Diffusers layout, or write a tiny one: python -m ltx2_pool.tiny DIR"
+            )
+        run_dir = settings.make_run_dir()
+    except (MenuError, OSError) as error:
+        print(f"worker.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        uvloop.run(_serve(settings, menu, run_dir))
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return 0
+
+
+async def _serve(settings: Settings, menu: Menu, run_dir: Path) -> None:
+    from dynamo.runtime import DistributedRuntime
+
+    from ltx2_pool import endpoint
+
+    os.environ["DYN_DISCOVERY_BACKEND"] = settings.discovery
+    if settings.discovery in ("file", "mem"):
+        # Neither NATS nor etcd: what a single host needs.
+        os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
+    request_plane = os.environ.get("DYN_REQUEST_PLANE", "tcp")
+    runtime = DistributedRuntime(asyncio.get_running_loop(), settings.discovery, request_plane)
+    await endpoint.serve(runtime, _backend(settings, run_dir), menu, settings)
+
+
+def _backend(settings: Settings, run_dir: Path) -> "endpoint.Backend":  # noqa: F821, UP037
+    if not settings.pool_mode:
+        from ltx2_pool.inprocess import InProcessGenerator
+
+        return InProcessGenerator(settings.recipe, settings.cache_root, run_dir)
+    from ltx2_pool.pool import SubprocessPool
+    from ltx2_pool.process import ExecSpawner, Timeouts
+
+    return SubprocessPool(
+        ExecSpawner(),
+        settings.recipe,
+        settings.cache_root,
+        run_dir,
+        max_size=settings.pool_max_size,
+        gpu_concurrency=settings.gpu_concurrency,
+        timeouts=Timeouts(
+            spawn=settings.spawn_timeout,
+            generation=settings.generation_timeout,
+            cancel=settings.cancel_grace,
+            term=settings.term_grace,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
