@@ -18,6 +18,7 @@ unit: $(INSTALLED)  ## only what needs no FastVideo
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 lock: $(VENV)/.uv  ## resolve pyproject.toml into requirements.lock

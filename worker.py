@@ -26,6 +26,7 @@ def main() -> int:
     try:
         menu = Menu.load(settings.shapes)
         menu.check_image(settings.image_shape_hash)
+        _check_system_port(os.environ.get("DYN_SYSTEM_PORT"))
         if not (settings.model / "model_index.json").is_file():
             raise MenuError(
                 f"{settings.model} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
@@ -40,6 +41,12 @@ def main() -> int:
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
     return 0
+
+
+def _check_system_port(port: str | None) -> None:
+    """Dynamo 1.6 reads DYN_SYSTEM_PORT into a signed 16-bit number and dies with a traceback when it does not fit."""
+    if port and not (port.lstrip("-").isdigit() and int(port) < 2**15):
+        raise MenuError(f"DYN_SYSTEM_PORT must be a number below 32768 (Dynamo reads it as 16 bits), not {port!r}")
 
 
 async def _serve(settings: Settings, menu: Menu, run_dir: Path) -> None:

@@ -62,9 +62,7 @@ class ShapeServer:
             traceback.print_exc()
             self._send(Broken(error=f"{type(error).__name__}: {error}"))
             return
-        self._send(
-            Ready(pid=os.getpid(), import_s=imported - self._started, load_s=time.monotonic() - imported)
-        )
+        self._send(Ready(pid=os.getpid(), import_s=imported - self._started, load_s=time.monotonic() - imported))
         while not self._stopping:
             message = self._receive()
             if isinstance(message, Shutdown):

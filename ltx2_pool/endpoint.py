@@ -147,8 +147,6 @@ class VideoHandler:
                 work.cancel()
                 with contextlib.suppress(asyncio.CancelledError, JobFailed, ProcessLost, PoolClosed):
                     _discard(await work)
-            elif not work.cancelled() and work.exception() is None:
-                pass  # delivered above
 
     def _response(self, video_id: str, **fields: Any) -> dict[str, Any]:
         response: dict[str, Any] = NvVideosResponse(id=video_id, model=self._model, **fields).model_dump()
@@ -166,7 +164,7 @@ def _discard(video: Video) -> None:
     video.path.unlink(missing_ok=True)
 
 
-def _as_dynamo(job: Job, error: Exception) -> Exception:
+def _as_dynamo(job: Job, error: Exception) -> Any:
     """The exception that the frontend maps to the right status."""
     if isinstance(error, JobFailed) and error.kind == "refused":
         logger.warning("job %s refused by the pipeline: %s", job.id, error)

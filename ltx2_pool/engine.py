@@ -104,7 +104,7 @@ class InProcessExecutor(Executor):  # type: ignore[misc]
     def execute_forward(self, forward_batch: ForwardBatch, fastvideo_args: FastVideoArgs) -> ForwardBatch:
         return self.pipeline.forward(forward_batch, fastvideo_args)
 
-    def collective_rpc(self, method: Any, timeout: float | None = None, args: Any = (), kwargs: Any = None) -> list[Any]:
+    def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
         raise NotImplementedError("one process: call the pipeline")
 
     def set_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -216,8 +216,10 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
 def _check_checkpoint(path: Path) -> None:
     index = path / "model_index.json"
     if not index.is_file():
-        raise LoadError(f"{path} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
-                        "Diffusers layout, or write a tiny one: python -m ltx2_pool.tiny DIR")
+        raise LoadError(
+            f"{path} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
+            "Diffusers layout, or write a tiny one: python -m ltx2_pool.tiny DIR"
+        )
     if '"LTX2Pipeline"' not in index.read_text(encoding="utf-8"):
         raise LoadError(f"{index} does not name LTX2Pipeline: this worker serves LTX-2 only")
 
@@ -231,7 +233,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-class _step_hook:  # noqa: N801 - reads as a verb at its one use
+class _step_hook:
     """Calls a hook before each denoise step.
 
     The loop of FastVideo's LTX2DenoisingStage.forward (pipelines/basic/ltx2/stages/ltx2_denoising.py) is

@@ -120,8 +120,13 @@ class InProcessGenerator:
 
     def status(self) -> dict[str, Any]:
         """What there is to say without a pool."""
-        return {"waiting": 0, "running": len(self._jobs), "processes": [], "jobs_done": self._jobs_done,
-                "broken": self._broken}
+        return {
+            "waiting": 0,
+            "running": len(self._jobs),
+            "processes": [],
+            "jobs_done": self._jobs_done,
+            "broken": self._broken,
+        }
 
 
 def _discard(future: asyncio.Future[Video]) -> None:

@@ -11,7 +11,6 @@ no older job waits for. A busy process is never evicted.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -19,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ltx2_pool.guard import Guard
 from ltx2_pool.process import JobFailed, OnEvent, ProcessLost, ShapeProcess, Spawner, State, Timeouts

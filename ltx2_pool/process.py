@@ -33,8 +33,16 @@ _MAX_LINE = 2000
 _CHUNK = 1 << 16
 
 Reason = Literal[
-    "cuda_fault", "spawn_timeout", "spawn_eof", "spawn_parse_error", "gen_timeout", "gen_eof", "desync", "parse_error",
-    "send_failed", "cancel_timeout",
+    "cuda_fault",
+    "spawn_timeout",
+    "spawn_eof",
+    "spawn_parse_error",
+    "gen_timeout",
+    "gen_eof",
+    "desync",
+    "parse_error",
+    "send_failed",
+    "cancel_timeout",
 ]
 """Why a process was lost."""
 
@@ -172,7 +180,7 @@ class ShapeProcess:
         except TimeoutError:
             raise await self._lost(
                 "spawn_timeout",
-                f"not READY within {self._timeouts.spawn:g} s; raise LTX2_POOL_SPAWN_TIMEOUT if the model only needs longer",
+                f"not READY within {self._timeouts.spawn:g} s; raise LTX2_POOL_SPAWN_TIMEOUT if it only needs longer",
             ) from None
         if isinstance(message, Broken):
             raise await self._lost("spawn_eof", f"could not start: {message.error}")
@@ -305,7 +313,8 @@ class ShapeProcess:
             payload = await self._reader.readexactly(protocol.payload_length(header))
             return protocol.decode_from_child(payload)
         except (asyncio.IncompleteReadError, OSError) as error:
-            raise await self._lost(on_eof, "ended" if self.state is not State.SPAWNING else "ended before READY") from error
+            what = "ended before READY" if self.state is State.SPAWNING else "ended"
+            raise await self._lost(on_eof, what) from error
         except protocol.ProtocolError as error:
             raise await self._lost(on_garbage, f"broke the protocol: {error}") from error
 

@@ -100,7 +100,7 @@ class Done(_Message):
 
 
 class Failed(_Message):
-    """Child to parent: no video. After ``soft`` and ``cancelled`` the child serves on; ``fatal`` is its last message."""
+    """Child to parent: no video. After ``fatal`` the child ends, after the other kinds it serves on."""
 
     type: Literal["failed"] = "failed"
     job_id: str

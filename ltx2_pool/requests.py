@@ -97,9 +97,10 @@ def parse(raw: Mapping[str, Any], job_id: str, menu: Menu, limits: Limits) -> tu
         where = ".".join(str(part) for part in first["loc"])
         raise RequestError(f"{where}: {first['msg']}") from error
     nvext = request.nvext or NvExt()
-    unknown = sorted((request.extra_args or {}).get("media_passthrough") or {})
-    if unknown:
-        raise RequestError(f"unknown field{'s' if len(unknown) > 1 else ''}: {_quote(', '.join(unknown))}")
+    # The frontend hands over top-level fields it does not know as extra_args.media_passthrough.
+    unknown = (request.extra_args or {}).get("media_passthrough")
+    if isinstance(unknown, dict) and unknown:
+        raise RequestError(f"unknown field{'s' if len(unknown) > 1 else ''}: {_quote(', '.join(sorted(unknown)))}")
     if request.input_reference is not None:
         raise RequestError("input_reference is not supported: this worker makes video from text only")
     prompt = request.prompt.strip()

@@ -36,84 +36,121 @@ class Settings(BaseModel):
         flag="--served-model-name",
     )
     cache_root: Path = _option(
-        Path("/cache"), "LTX2_CACHE_ROOT", "root of the compile caches: <root>/per-shape/<shape key>", flag="--cache-root"
+        Path("/cache"),
+        "LTX2_CACHE_ROOT",
+        "root of the compile caches, <root>/per-shape/<shape key>",
+        flag="--cache-root",
     )
     run_dir: Path | None = _option(
-        None, "LTX2_RUN_DIR", "where videos wait for delivery; private, emptied at exit (default: a new directory "
-        "under the system's temporary directory)", flag="--run-dir"
+        None,
+        "LTX2_RUN_DIR",
+        "where videos wait for delivery; private, emptied at exit (default: a new directory "
+        "under the system's temporary directory)",
+        flag="--run-dir",
     )
 
     pool_mode: bool = _option(
-        False, "LTX2_POOL_MODE", "1: a pool of shape-pinned processes; 0 or unset: one generator inside the worker",
-        flag="--pool-mode"
+        False,
+        "LTX2_POOL_MODE",
+        "1: a pool of shape-pinned processes; 0 or unset: one generator inside the worker",
+        flag="--pool-mode",
     )
     pool_max_size: int = _option(
         2, "LTX2_POOL_MAX_SIZE", "K: how many shape processes may exist at once", flag="--pool-max-size", ge=1, le=64
     )
     gpu_concurrency: int = _option(
-        1, "LTX2_POOL_GPU_CONCURRENCY", "how many shapes may generate at the same time on this GPU",
-        flag="--gpu-concurrency", ge=1, le=64
+        1,
+        "LTX2_POOL_GPU_CONCURRENCY",
+        "how many shapes may generate at the same time on this GPU",
+        flag="--gpu-concurrency",
+        ge=1,
+        le=64,
     )
     spawn_timeout: float = _option(
         180, "LTX2_POOL_SPAWN_TIMEOUT", "seconds a shape process has to become READY", flag="--spawn-timeout", gt=0
     )
     generation_timeout: float = _option(
-        1800, "LTX2_POOL_GENERATION_TIMEOUT", "seconds one generation may take; the process is replaced after that",
-        flag="--generation-timeout", gt=0
+        1800,
+        "LTX2_POOL_GENERATION_TIMEOUT",
+        "seconds one generation may take; the process is replaced after that",
+        flag="--generation-timeout",
+        gt=0,
     )
     cancel_grace: float = _option(
-        30, "LTX2_POOL_CANCEL_GRACE", "seconds a process has to stop a cancelled job before it is replaced",
-        flag="--cancel-grace", gt=0
+        30,
+        "LTX2_POOL_CANCEL_GRACE",
+        "seconds a process has to stop a cancelled job before it is replaced",
+        flag="--cancel-grace",
+        gt=0,
     )
     term_grace: float = _option(
         30, "LTX2_POOL_TERM_GRACE", "seconds between SIGTERM and SIGKILL for a shape process", flag="--term-grace", gt=0
     )
     drain_timeout: float = _option(
-        600, "LTX2_DRAIN_TIMEOUT", "seconds that admitted jobs have to finish after the worker got SIGTERM",
-        flag="--drain-timeout", ge=0
+        600,
+        "LTX2_DRAIN_TIMEOUT",
+        "seconds that admitted jobs have to finish after the worker got SIGTERM",
+        flag="--drain-timeout",
+        ge=0,
     )
 
     compile: bool = _option(
-        True, "LTX2_COMPILE", "torch.compile the transformer (0: eager, slower videos, no compile cache)",
-        flag="--compile"
+        True,
+        "LTX2_COMPILE",
+        "torch.compile the transformer (0: eager, slower videos, no compile cache)",
+        flag="--compile",
     )
     attention_backend: str = _option(
         "TORCH_SDPA", "LTX2_ATTENTION_BACKEND", "FastVideo attention backend", flag="--attention-backend"
     )
     enable_optimizations: bool = _option(
-        False, "LTX2_ENABLE_OPTIMIZATIONS", "NVFP4 quantization of the transformer; needs a Blackwell GPU",
-        flag="--enable-optimizations"
+        False,
+        "LTX2_ENABLE_OPTIMIZATIONS",
+        "NVFP4 quantization of the transformer; needs a Blackwell GPU",
+        flag="--enable-optimizations",
     )
 
     image_shape_hash: str | None = _option(
         None, "IMAGE_SHAPE_HASH", "menu hash that the image's caches were baked for; the worker refuses another menu"
     )
     max_prompt_chars: int = _option(
-        4000, "LTX2_MAX_PROMPT_CHARS", "longest prompt accepted, in characters", flag="--max-prompt-chars", ge=1,
-        le=100_000
+        4000,
+        "LTX2_MAX_PROMPT_CHARS",
+        "longest prompt accepted, in characters",
+        flag="--max-prompt-chars",
+        ge=1,
+        le=100_000,
     )
     media_output_fs_url: str | None = _option(
-        None, "LTX2_MEDIA_OUTPUT_FS_URL", "fsspec URL that videos asked for with response_format=url are written to, "
-        "for instance file:///srv/media or s3://bucket/videos", flag="--media-output-fs-url"
+        None,
+        "LTX2_MEDIA_OUTPUT_FS_URL",
+        "fsspec URL that videos asked for with response_format=url are written to, "
+        "for instance file:///srv/media or s3://bucket/videos",
+        flag="--media-output-fs-url",
     )
     media_output_http_url: str | None = _option(
-        None, "LTX2_MEDIA_OUTPUT_HTTP_URL", "base of the URLs that clients get for them (default: the store's own URL)",
-        flag="--media-output-http-url"
+        None,
+        "LTX2_MEDIA_OUTPUT_HTTP_URL",
+        "base of the URLs that clients get for them (default: the store's own URL)",
+        flag="--media-output-http-url",
     )
 
     namespace: str = _option(
-        "dynamo", "DYN_NAMESPACE", "Dynamo namespace; DYN_NAMESPACE_WORKER_SUFFIX is appended when set",
-        flag="--namespace"
+        "dynamo",
+        "DYN_NAMESPACE",
+        "Dynamo namespace; DYN_NAMESPACE_WORKER_SUFFIX is appended when set",
+        flag="--namespace",
     )
     component: str = _option("video", "LTX2_COMPONENT", "Dynamo component", flag="--component")
     endpoint: str = _option("generate", "LTX2_ENDPOINT", "Dynamo endpoint", flag="--endpoint")
     discovery_backend: Literal["kubernetes", "etcd", "file", "mem"] | None = _option(
-        None, "DYN_DISCOVERY_BACKEND", "Dynamo discovery: kubernetes, etcd, file or mem "
-        "(default: kubernetes inside a cluster, file elsewhere)", flag="--discovery-backend"
+        None,
+        "DYN_DISCOVERY_BACKEND",
+        "Dynamo discovery: kubernetes, etcd, file or mem (default: kubernetes inside a cluster, file elsewhere)",
+        flag="--discovery-backend",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _option(
-        "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR; prompts are logged at DEBUG only",
-        flag="--log-level"
+        "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR; prompts are logged at DEBUG only", flag="--log-level"
     )
 
     @field_validator("pool_mode", "compile", "enable_optimizations", mode="before")

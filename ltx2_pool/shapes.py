@@ -20,8 +20,8 @@ TEMPORAL_FACTOR = 8
 _DECODER_CHANNELS = 128
 _DECODER_PATCH = 4
 _INT32_ELEMENTS = 2**31
-"""The VAE decoder's last activation is [128, frames, height/4, width/4] (FastVideo models/vaes/ltx2vae.py: the decoder's
-last block before its 4x4 unpatchify); its CUDA kernels index it with 32-bit integers."""
+"""The VAE decoder's last activation is [128, frames, height/4, width/4] (FastVideo models/vaes/ltx2vae.py: the last
+block before its 4x4 unpatchify); its CUDA kernels index it with 32-bit integers."""
 
 NOMINAL_HEIGHTS = {720: 736, 1080: 1088}
 """What people call 720p and 1080p, and the next multiple of 32 that LTX-2 makes instead."""
@@ -74,7 +74,8 @@ class Shape:
             raise ValueError(
                 f"{self.key}: {self.num_frames} frames is not 8k+1 (nearest: {below} or {below + TEMPORAL_FACTOR})"
             )
-        elements = _DECODER_CHANNELS * self.num_frames * (self.width // _DECODER_PATCH) * (self.height // _DECODER_PATCH)
+        pixels = (self.width // _DECODER_PATCH) * (self.height // _DECODER_PATCH)
+        elements = _DECODER_CHANNELS * self.num_frames * pixels
         if elements >= _INT32_ELEMENTS:
             raise ValueError(
                 f"{self.key}: too large: the VAE decoder would need {elements:,} elements in one tensor and its "
@@ -138,10 +139,16 @@ class Menu:
         return _MenuReader(path).read(text)
 
 
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "fps": (1, 120),
+    "steps": (1, 50),
+    "guidance": (1, 30),
+    "seed": (0, 2**32 - 1),
+}
+
+
 class _MenuReader:
     """Walks the YAML nodes rather than the loaded values, because only nodes know their line."""
-
-    _numbers = {"fps": (1, 120), "steps": (1, 100), "guidance": (1.0, 30.0), "seed": (0, 2**63 - 1)}
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,7 +168,7 @@ class _MenuReader:
         if not isinstance(root, yaml.MappingNode):
             self.fail(root, "a menu is a mapping with the keys model and shapes")
         values: dict[str, object] = {}
-        known = ("model", "shapes", *self._numbers)
+        known = ("model", "shapes", *_NUMBERS)
         for key_node, node in root.value:
             key = key_node.value
             if key not in known:
@@ -182,7 +189,7 @@ class _MenuReader:
             if not isinstance(value, str) or not value.strip():
                 self.fail(node, "model must be the name that clients send, for instance ltx2-distilled")
             return value
-        low, high = self._numbers[key]
+        low, high = _NUMBERS[key]
         kinds = (int, float) if key == "guidance" else (int,)
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
             self.fail(node, f"{key} must be a{'' if key == 'guidance' else ' whole'} number from {low} to {high}")

@@ -62,8 +62,18 @@ class Stack:
     Both die with this process. Their logs are ``frontend.log`` and ``worker.log`` in `directory`.
     """
 
-    def __init__(self, directory: Path, model: Path, shapes: Path, cache_root: Path, **environment: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        model: Path,
+        shapes: Path,
+        cache_root: Path,
+        *,
+        program: Path = REPOSITORY / "worker.py",
+        **environment: str,
+    ) -> None:
         self.directory = directory
+        self._program = program
         self.http_port = free_port()
         self.system_port = free_port()
         self.model_name = ""
@@ -109,7 +119,7 @@ class Stack:
     def start_worker(self, *arguments: str) -> None:
         self.worker = self._start(
             "worker",
-            [sys.executable, str(REPOSITORY / "worker.py"), *arguments],
+            [sys.executable, str(self._program), *arguments],
             {"DYN_SYSTEM_PORT": str(self.system_port), "DYN_SYSTEM_HOST": "127.0.0.1"},
         )
 

@@ -1,0 +1,99 @@
+"""The real stack on the tiny model: one checkpoint and one set of compile caches for all tests."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from ltx2_pool import mp4, stack
+from ltx2_pool.mp4 import VideoInfo
+from ltx2_pool.shapes import Menu, Shape
+from ltx2_pool.stack import REPOSITORY, Stack
+
+WORK = REPOSITORY / ".work"
+MENU = REPOSITORY / "tiny.yaml"
+A, B, C = Menu.load(MENU).shapes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return stack.checkpoint(WORK)
+
+
+@pytest.fixture(scope="module")
+def make_stack(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Stack]]:
+    """Starts stacks that are stopped at the end of the module, and sees that nothing of them is left."""
+    started: list[Stack] = []
+
+    def make(*, cache_root: Path = WORK / "cache", **options: str) -> Stack:
+        running = Stack(tmp_path_factory.mktemp("stack"), model, MENU, cache_root, **options).__enter__()
+        started.append(running)
+        return running
+
+    yield make
+    for running in started:
+        tree = family(running)
+        running.close()
+        assert alive(tree) == [], running.log_tail("worker")
+
+
+@pytest.fixture(scope="module")
+def pool(make_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory) -> Stack:
+    """A worker in pool mode with K=2, shared by a module's tests."""
+    return make_stack(
+        program=Path(__file__).with_name("lenient_worker.py"),
+        LTX2_POOL_MODE="1",
+        LTX2_POOL_MAX_SIZE="2",
+        LTX2_MEDIA_OUTPUT_FS_URL=f"file://{tmp_path_factory.mktemp('media')}",
+        LTX2_MEDIA_OUTPUT_HTTP_URL="http://media.example/v",
+    )
+
+
+def ask(running: Stack, shape: Shape, **nvext: object) -> bytes:
+    """Make a video over HTTP and return the MP4."""
+    return video(running.create(size=shape.size, nvext={"num_frames": shape.num_frames, **nvext}))
+
+
+def video(answer: httpx.Response) -> bytes:
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert (body["status"], body["progress"], len(body["data"])) == ("completed", 100, 1)
+    return base64.b64decode(body["data"][0]["b64_json"])
+
+
+def check(data: bytes, shape: Shape) -> VideoInfo:
+    info = mp4.probe(data)
+    assert (info.width, info.height, info.num_frames) == (shape.width, shape.height, shape.num_frames)
+    assert (info.fps, info.audio_channels, info.audio_sample_rate) == (24, 2, 24000)
+    return info
+
+
+def pids(running: Stack) -> dict[str, int]:
+    return {p["shape"]: p["pid"] for p in running.status()["processes"]}
+
+
+def family(running: Stack) -> list[psutil.Process]:
+    """The worker and everything it has started."""
+    assert running.worker is not None
+    try:
+        worker = psutil.Process(running.worker.pid)
+        return [worker, *worker.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def alive(processes: list[psutil.Process], timeout: float = 2) -> list[psutil.Process]:
+    """Those that still run after the timeout; zombies are the test's own to reap."""
+    _, left = psutil.wait_procs(processes, timeout=timeout)
+    return [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,79 @@
+"""The validation steps of the first systems, against the real frontend and the real pipeline, in their order."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+
+from ltx2_pool.requests import MAX_SEED
+
+from .conftest import A, B, C, ask, check, pids
+
+
+def test_step_1_smoke(pool):
+    info = check(ask(pool, A), A)
+    assert info.comment == f"shape={A.key} seed=42 steps=2 fps=24"
+
+
+def test_step_2_persistence(pool):
+    before = pids(pool)
+    first, second = ask(pool, A), ask(pool, A)
+    assert pids(pool) == before
+    assert first == second
+
+
+def test_step_3_second_shape_fills_k(pool):
+    before = pids(pool)
+    check(ask(pool, B), B)
+    after = pids(pool)
+    assert after.keys() == {A.key, B.key}
+    assert after[A.key] == before[A.key]
+
+
+def test_step_4_third_shape_evicts_the_least_recently_used(pool):
+    ask(pool, A)
+    before = pids(pool)
+    with ThreadPoolExecutor(1) as other:
+        cold = other.submit(ask, pool, C)
+        # The spawn of C takes seconds; A is hot and served in the meantime.
+        while pids(pool).keys() != {A.key, C.key}:
+            pass
+        check(ask(pool, A), A)
+        assert not cold.done()
+        check(cold.result(), C)
+    after = pids(pool)
+    assert after.keys() == {A.key, C.key}
+    assert after[A.key] == before[A.key]
+    assert not psutil.pid_exists(before[B.key])
+
+
+def test_step_5_soft_error_keeps_the_process(pool):
+    before = pids(pool)
+    answer = pool.create(size=A.size, nvext={"num_frames": A.num_frames, "seed": MAX_SEED})
+    assert answer.status_code == 400
+    assert "StageVerificationError" in answer.json()["message"]
+    assert "Failed fields: seed" in answer.json()["message"]
+    check(ask(pool, A), A)
+    assert pids(pool) == before
+
+
+def test_step_6_kill_9_then_respawn(pool):
+    before = pids(pool)
+    expected = ask(pool, A)
+    os.kill(before[A.key], signal.SIGKILL)
+    assert ask(pool, A) == expected
+    assert pids(pool)[A.key] != before[A.key]
+    assert pids(pool)[C.key] == before[C.key]
+
+
+def test_step_7_pool_mode_unset(make_stack):
+    plain = make_stack()
+    data = ask(plain, A)
+    check(data, A)
+    check(ask(plain, B), B)
+    status = plain.status()
+    assert (status["processes"], status["jobs_done"]) == ([], 2)
+    assert len(psutil.Process(plain.worker.pid).children()) <= 1  # inductor's compile workers, no shape process

@@ -1,0 +1,64 @@
+"""Messages survive the Connection, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ltx2_pool import protocol
+from ltx2_pool.protocol import Assign, Cancel, Done, Failed, Generate, ProtocolError, Ready, Shutdown
+from ltx2_pool.recipe import Recipe
+from ltx2_pool.requests import Job
+from ltx2_pool.shapes import Shape
+
+SHAPE = Shape(768, 512, 121)
+JOB = Job("id", SHAPE, 'ein Fuchs 🦊 " \\ \n', 42, 5, 1.0, 24)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Assign(shape=SHAPE, recipe=Recipe(model_path="/m"), output_dir="/o"), Generate(job=JOB), Cancel(job_id="id"),
+     Shutdown()],
+)  # fmt: skip
+def test_the_parents_messages_read_back_in_the_child(message):
+    assert protocol.decode_from_parent(protocol.encode(message)) == message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Ready(pid=1, import_s=1.5, load_s=0.5), Done(job_id="id", size=1, sample_rate=24000, phases={"text": 0.1}),
+     Failed(job_id="id", kind="soft", error="x")],
+)  # fmt: skip
+def test_frames_are_what_a_connection_sends(message):
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        payload = protocol.encode(message)
+        theirs.send_bytes(payload)
+        raw = b""
+        import os
+
+        while len(raw) < protocol.HEADER.size + len(payload):
+            raw += os.read(ours.fileno(), 4096)
+        assert raw == protocol.frame(payload)
+        assert protocol.payload_length(raw[: protocol.HEADER.size]) == len(payload)
+        assert protocol.decode_from_child(payload) == message
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_protocol_error(payload):
+    with pytest.raises(ProtocolError):
+        protocol.decode_from_child(payload)
+
+
+@given(st.integers(-(2**31), 2**31 - 1).filter(lambda n: not 0 < n <= protocol.MAX_MESSAGE))
+def test_an_impossible_length_is_a_protocol_error(length):
+    with pytest.raises(ProtocolError):
+        protocol.payload_length(protocol.HEADER.pack(length))
+
+
+def test_an_unknown_field_is_a_protocol_error():
+    with pytest.raises(ProtocolError):
+        protocol.decode_from_child(b'{"type": "ready", "pid": 1, "import_s": 0, "load_s": 0, "more": 1}')

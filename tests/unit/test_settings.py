@@ -1,0 +1,91 @@
+"""Flags, environment variables and their mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ltx2_pool import settings
+from ltx2_pool.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse(*argv: str, **environ: str) -> Settings:
+    return settings.parse(argv, environ, "worker.py", "")
+
+
+def test_defaults():
+    s = parse("--model", "/m")
+    assert (s.pool_mode, s.pool_max_size, s.gpu_concurrency) == (False, 2, 1)
+    assert (s.spawn_timeout, s.generation_timeout, s.term_grace) == (180, 1800, 30)
+    assert s.cache_root == Path("/cache")
+
+
+def test_a_flag_wins_over_its_variable():
+    s = parse("--model", "/m", "--pool-max-size", "3", LTX2_POOL_MAX_SIZE="5", LTX2_POOL_GPU_CONCURRENCY="2")
+    assert (s.pool_max_size, s.gpu_concurrency) == (3, 2)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("true", True), ("0", False), ("off", False), ("", False)])
+def test_pool_mode(text, value):
+    assert parse(LTX2_MODEL="/m", LTX2_POOL_MODE=text).pool_mode is value
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({}, "--model (LTX2_MODEL) is required"),
+        ({"LTX2_MODEL": "/m", "LTX2_POOL_MAX_SIZE": "0"}, "--pool-max-size (LTX2_POOL_MAX_SIZE)"),
+        ({"LTX2_MODEL": "/m", "LTX2_POOL_MAX_SIZE": "many"}, "LTX2_POOL_MAX_SIZE"),
+        ({"LTX2_MODEL": "/m", "LTX2_POOL_MODE": "maybe"}, "'maybe' is neither 1 nor 0"),
+        ({"LTX2_MODEL": "/m", "LTX2_POOL_SPAWN_TIMEOUT": "-1"}, "LTX2_POOL_SPAWN_TIMEOUT"),
+        ({"LTX2_MODEL": "/m", "DYN_DISCOVERY_BACKEND": "carrier pigeon"}, "DYN_DISCOVERY_BACKEND"),
+    ],
+)
+def test_a_wrong_setting_ends_the_program_with_its_name(environ, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(**environ)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_discovery_is_kubernetes_in_a_cluster_and_file_elsewhere(monkeypatch):
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert parse(LTX2_MODEL="/m").discovery == "file"
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert parse(LTX2_MODEL="/m").discovery == "kubernetes"
+    assert parse(LTX2_MODEL="/m", DYN_DISCOVERY_BACKEND="etcd").discovery == "etcd"
+
+
+def test_help_names_every_variable_and_is_quick():
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "worker.py"), "--help"], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    for name, field in Settings.model_fields.items():
+        env, flag = settings._spelling(name)
+        if flag:
+            assert env in shown.replace("\n", " "), env
+            assert field.description
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "words"),
+    [
+        (["--model", "/nowhere"], {}, "is not a checkpoint"),
+        (["--model", "/nowhere", "--shapes", "/absent.yaml"], {}, "/absent.yaml: can not read the menu"),
+        (["--model", "/nowhere"], {"IMAGE_SHAPE_HASH": "0badcafe"}, "was baked for menu 0badcafe"),
+        (["--model", "/nowhere"], {"DYN_SYSTEM_PORT": "40000"}, "DYN_SYSTEM_PORT"),
+    ],
+)
+def test_the_worker_refuses_to_start_with_status_2_and_says_why(arguments, environ, words):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "worker.py"), *arguments],
+        capture_output=True, text=True, timeout=30, cwd=ROOT, env={"PATH": "/usr/bin:/bin", **environ},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
