@@ -13,7 +13,7 @@ from pathlib import Path
 import uvloop
 
 from ltx2_pool import settings as settings_module
-from ltx2_pool.settings import Settings
+from ltx2_pool.settings import Settings, SettingsError
 from ltx2_pool.shapes import Menu, MenuError
 
 
@@ -27,13 +27,9 @@ def main() -> int:
         menu = Menu.load(settings.shapes)
         menu.check_image(settings.image_shape_hash)
         _check_system_port(os.environ.get("DYN_SYSTEM_PORT"))
-        if not (settings.model / "model_index.json").is_file():
-            raise MenuError(
-                f"{settings.model} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
-                "Diffusers layout, or write a tiny one: python -m ltx2_pool.tiny DIR"
-            )
+        settings.check_model()
         run_dir = settings.make_run_dir()
-    except (MenuError, OSError) as error:
+    except (MenuError, SettingsError, OSError) as error:
         print(f"worker.py: {error}", file=sys.stderr)
         return 2
     try:
@@ -46,7 +42,7 @@ def main() -> int:
 def _check_system_port(port: str | None) -> None:
     """Dynamo 1.6 reads DYN_SYSTEM_PORT into a signed 16-bit number and dies with a traceback when it does not fit."""
     if port and not (port.lstrip("-").isdigit() and int(port) < 2**15):
-        raise MenuError(f"DYN_SYSTEM_PORT must be a number below 32768 (Dynamo reads it as 16 bits), not {port!r}")
+        raise SettingsError(f"DYN_SYSTEM_PORT must be a number below 32768 (Dynamo reads it as 16 bits), not {port!r}")
 
 
 async def _serve(settings: Settings, menu: Menu, run_dir: Path) -> None:

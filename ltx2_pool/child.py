@@ -87,6 +87,7 @@ class ShapeServer:
             self._send(Step(job_id=job.id, done=done, total=total))
 
         path = output_dir / f"{job.id}.mp4"
+        before = engine.compiled_so_far()
         self._busy = True
         try:
             clip = generator.generate(job, on_phase, on_step)
@@ -116,6 +117,7 @@ class ShapeServer:
                 size=size,
                 sample_rate=clip.sample_rate,
                 phases={name: end - begin for (name, begin), end in zip(phases, ends, strict=True)},
+                compiled=engine.compiled_so_far().since(before),
             )
         )
         return True

@@ -34,6 +34,7 @@ from fastvideo.utils import shallow_asdict
 from fastvideo.worker.executor import Executor
 
 from ltx2_pool.mp4 import Clip
+from ltx2_pool.protocol import Compiled
 from ltx2_pool.recipe import Recipe
 from ltx2_pool.requests import Job
 
@@ -70,6 +71,20 @@ def is_fatal(error: BaseException) -> bool:
 def is_refusal(error: BaseException) -> bool:
     """Whether the pipeline refused the request's parameters, before it used them."""
     return isinstance(error, StageVerificationError)
+
+
+def compiled_so_far() -> Compiled:
+    """The compile caches' counters since this process began."""
+    from torch._dynamo.utils import counters
+
+    inductor, autograd = counters["inductor"], counters["aot_autograd"]
+    return Compiled(
+        graph_hits=inductor["fxgraph_cache_hit"],
+        graph_misses=inductor["fxgraph_cache_miss"],
+        autograd_hits=autograd["autograd_cache_hit"],
+        autograd_misses=autograd["autograd_cache_miss"],
+        bypasses=inductor["fxgraph_cache_bypass"] + autograd["autograd_cache_bypass"],
+    )
 
 
 class InProcessExecutor(Executor):  # type: ignore[misc]

@@ -60,6 +60,27 @@ class Shutdown(_Message):
     type: Literal["shutdown"] = "shutdown"
 
 
+class Compiled(_Message):
+    """Look-ups in the compile caches (torch._dynamo.utils.counters). A hot shape makes none, a baked one no misses."""
+
+    graph_hits: int = 0
+    """Inductor FX-graph cache."""
+    graph_misses: int = 0
+    autograd_hits: int = 0
+    """AOT-autograd cache."""
+    autograd_misses: int = 0
+    bypasses: int = 0
+    """Graphs that a cache declined to handle, so that they are compiled every time."""
+
+    def since(self, earlier: Compiled) -> Compiled:
+        """The look-ups made after `earlier`."""
+        return Compiled(**{name: getattr(self, name) - getattr(earlier, name) for name in type(self).model_fields})
+
+    @property
+    def misses(self) -> int:
+        return self.graph_misses + self.autograd_misses + self.bypasses
+
+
 class Ready(_Message):
     """Child to parent: jobs are welcome. Seconds since the process began each phase of its start."""
 
@@ -97,6 +118,8 @@ class Done(_Message):
     """Hz of the audio track, 0 without one."""
     phases: dict[str, float]
     """Seconds spent in each phase."""
+    compiled: Compiled
+    """What torch.compile had to do for this video."""
 
 
 class Failed(_Message):

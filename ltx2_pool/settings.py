@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,12 +176,24 @@ class Settings(BaseModel):
         """The discovery backend to use, the default resolved."""
         return self.discovery_backend or ("kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else "file")
 
+    def check_model(self) -> None:
+        """Raise SettingsError when the model directory is no checkpoint."""
+        if not (self.model / "model_index.json").is_file():
+            raise SettingsError(
+                f"{self.model} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
+                "Diffusers layout, or write a tiny one: python -m ltx2_pool.tiny DIR"
+            )
+
     def make_run_dir(self) -> Path:
         """Create the private directory for videos, mode 0700. Raises OSError."""
         if self.run_dir is None:
             return Path(tempfile.mkdtemp(prefix="ltx2-pool-"))
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix="worker-", dir=self.run_dir))
+
+
+RECIPE = ("compile", "attention_backend", "enable_optimizations")
+"""The settings that decide the recipe: warm-up and worker must agree on them."""
 
 
 class SettingsError(ValueError):
@@ -195,12 +207,12 @@ def _spelling(name: str) -> tuple[str, str | None]:
     return str(extra["env"]), str(flag) if flag else None
 
 
-def argument_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with one flag for each setting; its help names the environment variable and the default."""
+def argument_parser(prog: str, description: str, only: Collection[str] = ()) -> argparse.ArgumentParser:
+    """A parser with one flag for each setting (of `only`, when given); its help names the variable and the default."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     for name, field in Settings.model_fields.items():
         env, flag = _spelling(name)
-        if flag is None:
+        if flag is None or (only and name not in only):
             continue
         default = "" if field.default is None else f"; default {_shown(field.default)}"
         text = f"{field.description} [{env}{default}]".replace("%", "%%")

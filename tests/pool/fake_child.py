@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from ltx2_pool import protocol
-from ltx2_pool.protocol import Assign, Broken, Cancel, Done, Failed, Generate, Phase, Ready, Step
+from ltx2_pool.protocol import Assign, Broken, Cancel, Compiled, Done, Failed, Generate, Phase, Ready, Step
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
             os.write(connection.fileno(), struct.pack("!i", 1 << 30))
             time.sleep(600)
         if prompt == "wrong id":
-            send(Done(job_id="another", size=0, sample_rate=0, phases={}))
+            send(Done(job_id="another", size=0, sample_rate=0, phases={}, compiled=Compiled()))
             time.sleep(600)
         if prompt in ("soft", "refused", "fatal"):
             send(Failed(job_id=job.id, kind=prompt, error=f"RuntimeError: {prompt} on purpose"))  # type: ignore[arg-type]
@@ -119,7 +119,11 @@ def main() -> None:
                 gate.read()
         path = Path(assign.output_dir) / f"{job.id}.mp4"
         path.write_bytes(f"{job.shape.key} by {os.getpid()}".encode())
-        send(Done(job_id=job.id, size=path.stat().st_size, sample_rate=24000, phases={"denoise": 0.0}))
+        send(
+            Done(
+                job_id=job.id, size=path.stat().st_size, sample_rate=24000, phases={"denoise": 0.0}, compiled=Compiled()
+            )
+        )
 
 
 if __name__ == "__main__":

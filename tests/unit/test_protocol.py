@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltx2_pool import protocol
-from ltx2_pool.protocol import Assign, Cancel, Done, Failed, Generate, ProtocolError, Ready, Shutdown
+from ltx2_pool.protocol import Assign, Cancel, Compiled, Done, Failed, Generate, ProtocolError, Ready, Shutdown
 from ltx2_pool.recipe import Recipe
 from ltx2_pool.requests import Job
 from ltx2_pool.shapes import Shape
@@ -29,7 +29,7 @@ def test_the_parents_messages_read_back_in_the_child(message):
 
 @pytest.mark.parametrize(
     "message",
-    [Ready(pid=1, import_s=1.5, load_s=0.5), Done(job_id="id", size=1, sample_rate=24000, phases={"text": 0.1}),
+    [Ready(pid=1, import_s=1.5, load_s=0.5), Done(job_id="id", size=1, sample_rate=24000, phases={"text": 0.1}, compiled=Compiled()),
      Failed(job_id="id", kind="soft", error="x")],
 )  # fmt: skip
 def test_frames_are_what_a_connection_sends(message):
