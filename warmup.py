@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ltx2_pool import bake, settings
-from ltx2_pool.bake import Baker, BakeError, Report
+from ltx2_pool.bake import BakeError, Baker, Report
 from ltx2_pool.process import Timeouts
 from ltx2_pool.shapes import Menu, MenuError, Shape
 
@@ -39,8 +39,8 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="shapes at once, where memory allows [1]")
     parser.add_argument(
-        "--verify", action="store_true", help="bake nothing: run a fresh process on a read-only copy of each cache, and "
-        "require no compile, no new file and the same video"
+        "--verify", action="store_true", help="bake nothing: run a fresh process on a read-only copy of each cache "
+        "and require no compile, no new file and the same video"
     )  # fmt: skip
     parser.add_argument("--report", type=Path, metavar="FILE", help="write what was measured as JSON")
     arguments = parser.parse_args()
@@ -108,7 +108,7 @@ class Board:
     """Shows what happens: a live table on a terminal, plain lines in a log."""
 
     def __init__(self, shapes: Sequence[Shape], verb: str) -> None:
-        self._console = Console()
+        self._console = Console(width=None if sys.stdout.isatty() else 120)
         self._verb = verb
         self._states = {shape.key: "waiting" for shape in shapes}
         self._since = {shape.key: time.monotonic() for shape in shapes}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvloop
 
+from ltx2_pool import manifest
 from ltx2_pool import settings as settings_module
 from ltx2_pool.settings import Settings, SettingsError
 from ltx2_pool.shapes import Menu, MenuError
@@ -28,6 +29,7 @@ def main() -> int:
         menu.check_image(settings.image_shape_hash)
         _check_system_port(os.environ.get("DYN_SYSTEM_PORT"))
         settings.check_model()
+        _check_caches(settings, menu)
         run_dir = settings.make_run_dir()
     except (MenuError, SettingsError, OSError) as error:
         print(f"worker.py: {error}", file=sys.stderr)
@@ -37,6 +39,21 @@ def main() -> int:
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
     return 0
+
+
+def _check_caches(settings: Settings, menu: Menu) -> None:
+    """Hold every shape's baked cache against what this worker would bake, as LTX2_CACHE_POLICY says."""
+    if not (settings.pool_mode and settings.compile):
+        return
+    problems = manifest.check(settings.cache_root, settings.recipe, menu.shapes)
+    lines = [manifest.describe(key, mismatches) for key, mismatches in problems.items()]
+    if lines and settings.cache_policy == "strict":
+        raise SettingsError("LTX2_CACHE_POLICY=strict and these caches will not hit:\n  " + "\n  ".join(lines))
+    for line in lines:
+        logging.warning("first video will compile: %s", line)
+    logging.info(
+        "%d of %d shapes are baked in %s", len(menu.shapes) - len(lines), len(menu.shapes), settings.cache_root
+    )
 
 
 def _check_system_port(port: str | None) -> None:

@@ -51,7 +51,7 @@ class Report:
     first_s: float = 0.0
     """Seconds of the first video: cold in a bake, baked in a verification."""
     hot_s: float = 0.0
-    """Seconds of the second video."""
+    """Seconds of the faster of two hot videos."""
     compiled: dict[str, int] = field(default_factory=dict)
     """Cache look-ups of the first video (protocol.Compiled)."""
     files: int = 0
@@ -125,6 +125,7 @@ class Baker:
                 report.compiled = done.compiled.model_dump()
                 on_state("hot video")
                 report.hot_s, second, done = await make(job)
+                report.hot_s = min(report.hot_s, (await make(job))[0])
                 if done.compiled != Compiled():
                     report.problems.append("the second video compiled again: the shape does not get hot")
                 report.video_sha256 = first
@@ -137,6 +138,7 @@ class Baker:
                 report.problems.append("nothing was cached: is the disk full?")
             if report.problems:
                 return report
+            manifests.relocate(partial, partial.root, final.root)
             manifests.write(
                 partial,
                 Manifest(
@@ -171,6 +173,7 @@ class Baker:
         with tempfile.TemporaryDirectory(prefix="ltx2-verify-") as scratch:
             copy = CacheDirs(Path(scratch) / shape.key)
             shutil.copytree(baked.root, copy.root)
+            manifests.relocate(copy, baked.root, copy.root)
             _set_writable(copy.root, False)
             try:
                 await self._verify_copy(shape, copy, manifest, report, on_state)
@@ -189,7 +192,7 @@ class Baker:
             on_state("first video")
             report.first_s, report.video_sha256, done = await make(job)
             on_state("hot video")
-            report.hot_s, _, _ = await make(job)
+            report.hot_s = min([(await make(job))[0] for _ in range(2)])
         report.compiled = done.compiled.model_dump()
         for name, count in report.compiled.items():
             if count and not name.endswith("hits"):

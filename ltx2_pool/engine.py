@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from fastvideo.api.compat import generator_config_to_fastvideo_args
 from fastvideo.api.sampling_param import SamplingParam
 from fastvideo.api.schema import (
@@ -32,6 +33,7 @@ from fastvideo.pipelines.basic.ltx2.stages import ltx2_denoising
 from fastvideo.pipelines.stages.base import StageVerificationError
 from fastvideo.utils import shallow_asdict
 from fastvideo.worker.executor import Executor
+from torch._inductor.codecache import torch_key
 
 from ltx2_pool.mp4 import Clip
 from ltx2_pool.protocol import Compiled
@@ -205,8 +207,11 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     _check_checkpoint(Path(recipe.model_path))
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._inductor.config.deterministic = recipe.deterministic
     compile_config = CompileConfig(enabled=recipe.compile)
     if recipe.compile:
+        # Half a second of hashing torch's sources, which the first look-up in a compile cache would otherwise wait for.
+        torch_key()
         compile_config.backend = "inductor"
         compile_config.mode = recipe.compile_mode
         compile_config.fullgraph = recipe.compile_fullgraph

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Binding(BaseModel):
     compile_mode: str
     compile_fullgraph: bool
     attention_backend: str
+    deterministic: bool
     quantization: str | None
     model_config_digest: str
     """SHA-256 over the checkpoint's configuration files; the weights are not part of any key."""
@@ -89,14 +90,6 @@ class Mismatch:
 
     def __str__(self) -> str:
         return f"{self.field}: baked {self.baked}, found {self.found}"
-
-
-class CacheMismatch(Exception):
-    """Cache directories that can not be used, each with its fields and the command that mends it."""
-
-    def __init__(self, problems: Mapping[str, list[Mismatch]]) -> None:
-        self.problems = dict(problems)
-        super().__init__("\n".join(describe(key, found) for key, found in problems.items()))
 
 
 def describe(key: str, mismatches: list[Mismatch]) -> str:
@@ -151,6 +144,12 @@ def inspect(cache: CacheDirs, expected: Binding) -> list[Mismatch]:
     return mismatches or compare_files(manifest.files, list_files(cache))
 
 
+def check(cache_root: Path, recipe: Recipe, shapes: Iterable[Shape]) -> dict[str, list[Mismatch]]:
+    """The shapes whose caches will not hit, by shape key, with how they differ. Reads every cache file."""
+    inspected = {s.key: inspect(CacheDirs.of(cache_root, s), binding(recipe, s)) for s in shapes}
+    return {key: mismatches for key, mismatches in inspected.items() if mismatches}
+
+
 def compare_files(baked: Mapping[str, File], found: Mapping[str, File]) -> list[Mismatch]:
     """Files that are missing or changed. New ones are not: a worker that compiled something leaves them."""
     mismatches = []
@@ -164,15 +163,35 @@ def compare_files(baked: Mapping[str, File], found: Mapping[str, File]) -> list[
 
 
 def list_files(cache: CacheDirs) -> dict[str, File]:
-    """Every file below the cache directories, with size and SHA-256. Lock files are left out: they come and go."""
+    """Every file below the cache directories, with size and SHA-256, the same wherever the directory is.
+
+    Lock files are left out: they come and go.
+    """
     files = {}
     for directory in (cache.torchinductor, cache.triton):
         for path in sorted(directory.rglob("*")):
             if path.is_file() and "locks" not in path.parts and path.suffix != ".lock":
                 data = path.read_bytes()
+                if _is_triton_group(path):
+                    data = data.replace(str(cache.root).encode(), b"<root>")
                 name = str(path.relative_to(cache.root))
                 files[name] = File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     return files
+
+
+def relocate(cache: CacheDirs, old: Path, new: Path) -> None:
+    """Make the content of a directory that was made at `old` belong at `new`.
+
+    Triton's index of a kernel names its files by absolute path (triton/runtime/cache.py: FileCacheManager.put_group).
+    In a directory that was moved they are not found, and the kernel is compiled again. Nothing else has its path.
+    """
+    for path in cache.triton.rglob("*.json"):
+        if _is_triton_group(path):
+            path.write_bytes(path.read_bytes().replace(str(old).encode(), str(new).encode()))
+
+
+def _is_triton_group(path: Path) -> bool:
+    return path.name.startswith("__grp__")
 
 
 def write(cache: CacheDirs, manifest: Manifest) -> None:

@@ -23,6 +23,9 @@ class Recipe(BaseModel):
     compile_fullgraph: bool = False
     attention_backend: str = "TORCH_SDPA"
     """A FastVideo attention backend name (FastVideo platforms/interface.py: AttentionBackendEnum)."""
+    deterministic: bool = True
+    """Inductor chooses reduction kernels by rule, not by timing them in each process, so that every process makes the
+    same bytes (torch/_inductor/config.py: deterministic)."""
     quantization: str | None = None
     """Transformer quantization by FastVideo's name; ``NVFP4`` needs a Blackwell GPU."""
 
@@ -31,6 +34,7 @@ class Recipe(BaseModel):
         return {
             **cache.environment(),
             "FASTVIDEO_ATTENTION_BACKEND": self.attention_backend,
+            "TORCHINDUCTOR_DETERMINISTIC": str(int(self.deterministic)),
             # A worker never downloads: the checkpoint is a directory.
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",

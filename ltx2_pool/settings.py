@@ -103,6 +103,12 @@ class Settings(BaseModel):
     attention_backend: str = _option(
         "TORCH_SDPA", "LTX2_ATTENTION_BACKEND", "FastVideo attention backend", flag="--attention-backend"
     )
+    deterministic: bool = _option(
+        True,
+        "LTX2_DETERMINISTIC",
+        "the same request gives the same bytes from every process (0: each process times its kernels and may differ)",
+        flag="--deterministic",
+    )
     enable_optimizations: bool = _option(
         False,
         "LTX2_ENABLE_OPTIMIZATIONS",
@@ -110,6 +116,13 @@ class Settings(BaseModel):
         flag="--enable-optimizations",
     )
 
+    cache_policy: Literal["strict", "warn"] = _option(
+        "warn",
+        "LTX2_CACHE_POLICY",
+        "what to do when a shape's cache was not baked for this software, GPU, recipe and model: strict refuses to "
+        "start, warn serves and compiles",
+        flag="--cache-policy",
+    )
     image_shape_hash: str | None = _option(
         None, "IMAGE_SHAPE_HASH", "menu hash that the image's caches were baked for; the worker refuses another menu"
     )
@@ -153,7 +166,7 @@ class Settings(BaseModel):
         "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR; prompts are logged at DEBUG only", flag="--log-level"
     )
 
-    @field_validator("pool_mode", "compile", "enable_optimizations", mode="before")
+    @field_validator("pool_mode", "compile", "deterministic", "enable_optimizations", mode="before")
     @classmethod
     def _boolean(cls, value: object) -> object:
         if isinstance(value, str):
@@ -168,6 +181,7 @@ class Settings(BaseModel):
             model_path=str(self.model.resolve()),
             compile=self.compile,
             attention_backend=self.attention_backend,
+            deterministic=self.deterministic,
             quantization="NVFP4" if self.enable_optimizations else None,
         )
 
@@ -192,7 +206,7 @@ class Settings(BaseModel):
         return Path(tempfile.mkdtemp(prefix="worker-", dir=self.run_dir))
 
 
-RECIPE = ("compile", "attention_backend", "enable_optimizations")
+RECIPE = ("compile", "attention_backend", "deterministic", "enable_optimizations")
 """The settings that decide the recipe: warm-up and worker must agree on them."""
 
 

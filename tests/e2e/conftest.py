@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,12 +33,23 @@ def model() -> Path:
     return stack.checkpoint(WORK)
 
 
+@pytest.fixture(scope="session")
+def baked(model: Path) -> Path:
+    """The tiny menu's caches, baked once by warmup.py and kept for the next run."""
+    subprocess.run(
+        [sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(MENU), "--model", str(model),
+         "--cache-root", str(WORK / "baked"), "--jobs", "2"],
+        check=True,
+    )  # fmt: skip
+    return WORK / "baked"
+
+
 @pytest.fixture(scope="module")
-def make_stack(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Stack]]:
+def make_stack(model: Path, baked: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Stack]]:
     """Starts stacks that are stopped at the end of the module, and sees that nothing of them is left."""
     started: list[Stack] = []
 
-    def make(*, cache_root: Path = WORK / "cache", **options: str) -> Stack:
+    def make(*, cache_root: Path = baked, **options: str) -> Stack:
         running = Stack(tmp_path_factory.mktemp("stack"), model, MENU, cache_root, **options).__enter__()
         started.append(running)
         return running

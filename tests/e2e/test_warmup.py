@@ -1,0 +1,170 @@
+"""warmup.py on the tiny menu: bake, prove, resume, and everything that goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ltx2_pool import bake
+from ltx2_pool.stack import REPOSITORY
+
+from .conftest import A, B, C, ask
+
+PROBE = Path(__file__).with_name("order_probe.py")
+
+
+def warmup(model: Path, cache_root: Path, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(REPOSITORY / "tiny.yaml"),
+        "--model", str(model), "--cache-root", str(cache_root), *arguments,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, **options)
+
+
+def test_baked_shapes_are_skipped(model, baked):
+    again = warmup(model, baked)
+    assert again.returncode == 0, again.stdout + again.stderr
+    for shape in (A, B, C):
+        assert f" {shape.key}: baked already, skipped\n" in again.stdout
+
+
+def test_verify_finds_no_miss_no_new_file_and_the_same_video(model, baked, tmp_path):
+    report = tmp_path / "report.json"
+    done = warmup(model, baked, "--verify", "--jobs", "2", "--report", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    shapes = json.loads(report.read_text())["shapes"]
+    assert {s["shape"] for s in shapes} == {A.key, B.key, C.key}
+    for shape in shapes:
+        assert shape["problems"] == shape["new_files"] == []
+        assert shape["same_video"] is True
+        assert shape["compiled"] == {
+            "graph_hits": 1, "graph_misses": 0, "autograd_hits": 1, "autograd_misses": 0, "bypasses": 0
+        }  # fmt: skip
+
+
+@pytest.fixture
+def damaged(baked, tmp_path) -> Path:
+    """A copy of one baked shape, to damage."""
+    shutil.copytree(baked / "per-shape" / A.key, tmp_path / "per-shape" / A.key)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["tampered", "missing", "recipe"])
+def test_verify_fails_loudly_on_a_damaged_cache(model, damaged, damage):
+    arguments = ["--verify", "--only", A.key]
+    kernel = next((damaged / "per-shape" / A.key).rglob("*.so"))
+    if damage == "tampered":
+        kernel.write_bytes(b"\0" + kernel.read_bytes()[1:])
+        words = f"{kernel.name}: baked sha256"
+    elif damage == "missing":
+        kernel.unlink()
+        words = f"{kernel.name}: baked"
+    else:
+        arguments.append("--no-compile")
+        words = "compile: baked True, found False"
+    done = warmup(model, damaged, *arguments)
+    assert done.returncode == 1
+    assert words in done.stdout
+    assert "0 of 1 shapes are good" in done.stdout
+
+
+def test_verify_fails_when_the_cache_lacks_an_entry_that_the_manifest_does_not_know(model, damaged):
+    """The manifest agrees with the files, and still the fresh process has to compile."""
+    root = damaged / "per-shape" / A.key
+    shutil.rmtree(root / "torchinductor" / "aotautograd")
+    document = json.loads((root / "manifest.json").read_text())
+    document["files"] = {name: file for name, file in document["files"].items() if "/aotautograd/" not in name}
+    (root / "manifest.json").write_text(json.dumps(document))
+    done = warmup(model, damaged, "--verify", "--only", A.key)
+    assert done.returncode == 1
+    assert "1 autograd misses in the compile cache" in done.stdout
+    assert "new files, the first is torchinductor/aotautograd/" in done.stdout
+
+
+def test_strict_policy_refuses_a_cache_baked_otherwise_and_says_how_to_mend_it(model, damaged):
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "worker.py")],
+        env={**os.environ, "LTX2_MODEL": str(model), "LTX2_SHAPES": str(REPOSITORY / "tiny.yaml"),
+             "LTX2_CACHE_ROOT": str(damaged), "LTX2_POOL_MODE": "1", "LTX2_CACHE_POLICY": "strict",
+             "LTX2_ATTENTION_BACKEND": "FLASH_ATTN"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"{A.key}: attention_backend: baked TORCH_SDPA, found FLASH_ATTN" in done.stderr
+    assert f"python warmup.py --only {B.key} --force" in done.stderr
+
+
+def test_a_baked_worker_serves_strictly_and_compiles_nothing(model, baked, make_stack):
+    before = set(baked.rglob("*"))
+    stack = make_stack(cache_root=baked, LTX2_POOL_MODE="1", LTX2_CACHE_POLICY="strict")
+    ask(stack, A)
+    assert "3 of 3 shapes are baked" in stack.log("worker")
+    assert set(baked.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_bake_leaves_nothing_that_looks_finished(model, tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(REPOSITORY / "tiny.yaml"),
+         "--model", str(model), "--cache-root", str(tmp_path)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert "starting" in process.stdout.readline()
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert list((tmp_path / "per-shape").glob("[!.]*")) == []
+    leftovers = list((tmp_path / "per-shape").glob(".*"))
+    assert bool(leftovers) is (number == signal.SIGKILL)
+    with bake.lock(tmp_path):  # free again
+        pass
+
+
+def test_a_full_disk_fails_the_shape_and_leaves_nothing(model, tmp_path):
+    """No file may grow over 64 KiB: the compiler's output does not fit."""
+    import resource
+
+    done = warmup(
+        model, tmp_path, "--only", A.key,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert "bake failed" in done.stdout
+    assert list((tmp_path / "per-shape").iterdir()) == []
+
+
+def test_the_order_of_shapes_does_not_change_the_keys(model, tmp_path):
+    """A then B and B then A in one process give the same cache keys, and a process for B alone hits either."""
+
+    def probe(root: str, *keys: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(PROBE), str(model), str(tmp_path / root), *keys], stdout=subprocess.PIPE, text=True
+        )
+
+    def result(process: subprocess.Popen[str]) -> dict:
+        output, _ = process.communicate(timeout=500)
+        assert process.returncode == 0
+        return json.loads(output.splitlines()[-1])
+
+    there, back = probe("ab", A.key, B.key), probe("ba", B.key, A.key)
+    one, other = result(there), result(back)
+    assert one["graph_keys"] == other["graph_keys"]
+    assert one["autograd_keys"] == other["autograd_keys"]
+    assert len(one["graph_keys"]) == 2
+    assert one["misses"] == other["misses"] == 4
+    alone = [probe("ab", B.key), probe("ba", B.key)]
+    assert [result(process)["misses"] for process in alone] == [0, 0]
+
+
+def test_help_and_mistakes(model, tmp_path):
+    assert "--verify" in warmup(model, tmp_path, "--help").stdout
+    wrong = warmup(model, tmp_path, "--only", "1x1@1f")
+    assert wrong.returncode == 2
+    assert "1x1@1f is not on the menu: 64x64@9f" in wrong.stderr

@@ -1,0 +1,131 @@
+"""Every field of a manifest is held against what is found, and no damage to a cache goes unseen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ltx2_pool import bake, manifest
+from ltx2_pool.manifest import Binding, Manifest
+from ltx2_pool.recipe import Recipe
+from ltx2_pool.shapes import CacheDirs, Shape
+
+SHAPE = Shape(64, 64, 9)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    model = tmp_path / "model"
+    (model / "vae").mkdir(parents=True)
+    (model / "model_index.json").write_text('{"_class_name": "LTX2Pipeline"}')
+    (model / "vae" / "config.json").write_text("{}")
+    return Recipe(model_path=str(model))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, recipe: Recipe) -> CacheDirs:
+    dirs = CacheDirs.of(tmp_path / "cache", SHAPE)
+    for directory, name in ((dirs.torchinductor, "aa/kernel.so"), (dirs.triton, "bb/kernel.cubin")):
+        path = directory / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(name.encode())
+    manifest.write(
+        dirs,
+        Manifest(
+            binding=manifest.binding(recipe, SHAPE), baked_at=manifest.now(), ready_s=1, cold_s=2, hot_s=0.1, job={},
+            video_sha256="00", files=manifest.list_files(dirs),
+        ),
+    )  # fmt: skip
+    return dirs
+
+
+def found(cache: CacheDirs, recipe: Recipe) -> list[manifest.Mismatch]:
+    return manifest.inspect(cache, manifest.binding(recipe, SHAPE))
+
+
+def test_a_fresh_bake_is_good(cache, recipe):
+    assert found(cache, recipe) == []
+    assert manifest.check(cache.root.parent.parent, recipe, [SHAPE]) == {}
+
+
+@pytest.mark.parametrize("field", Binding.model_fields)
+def test_a_manifest_tampered_with_is_refused_by_the_fields_name(cache, recipe, field):
+    document = json.loads(cache.manifest.read_text())
+    value = document["binding"][field]
+    document["binding"][field] = (not value) if isinstance(value, bool) else "tampered"
+    cache.manifest.write_text(json.dumps(document))
+    (mismatch,) = found(cache, recipe)
+    assert mismatch.field == field
+    assert mismatch.baked in ("tampered", str(not value))
+    assert mismatch.found == str(value)
+    line = manifest.describe(SHAPE.key, [mismatch])
+    assert line.startswith(f"{SHAPE.key}: {field}: baked ")
+    assert line.endswith("python warmup.py --only 64x64@9f --force")
+
+
+def test_another_configuration_of_the_model_is_another_binding(cache, recipe):
+    (Path(recipe.model_path) / "vae" / "config.json").write_text('{"changed": 1}')
+    manifest._config_digest.cache_clear()
+    assert [m.field for m in found(cache, recipe)] == ["model_config_digest"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"compile": False}, {"attention_backend": "FLASH_ATTN"}, {"quantization": "NVFP4"}, {"deterministic": False},
+               {"compile_mode": "max-autotune"}, {"compile_fullgraph": True}],
+)  # fmt: skip
+def test_another_recipe_is_refused_by_name(cache, recipe, change):
+    assert [m.field for m in found(cache, recipe.model_copy(update=change))] == list(change)
+
+
+def test_a_missing_a_changed_and_a_new_file(cache, recipe):
+    (cache.torchinductor / "new.py").touch()
+    assert found(cache, recipe) == []
+    (cache.torchinductor / "aa/kernel.so").write_bytes(b"other")
+    (cache.triton / "bb/kernel.cubin").unlink()
+    assert [(m.field, m.found[:6]) for m in found(cache, recipe)] == [
+        ("torchinductor/aa/kernel.so", "sha256"), ("triton/bb/kernel.cubin", "missin")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 1}', "\0"])
+def test_a_damaged_manifest_is_a_mismatch(cache, recipe, text):
+    cache.manifest.write_text(text)
+    (mismatch,) = found(cache, recipe)
+    assert mismatch.field == "manifest.json"
+
+
+def test_an_unbaked_shape(cache, recipe):
+    shutil.rmtree(cache.root)
+    (mismatch,) = found(cache, recipe)
+    assert (mismatch.field, mismatch.baked) == ("manifest.json", "nothing")
+
+
+def test_a_future_format_is_refused(cache, recipe):
+    document = json.loads(cache.manifest.read_text())
+    document["format"] = 99
+    cache.manifest.write_text(json.dumps(document))
+    assert [m.field for m in found(cache, recipe)] == ["format"]
+
+
+def test_a_cache_can_be_moved_with_tritons_absolute_paths_in_it(cache, recipe, tmp_path):
+    """Triton's group files name a kernel's files by absolute path; a moved cache would silently compile again."""
+    group = cache.triton / "bb/__grp__kernel.json"
+    group.write_text(json.dumps({"child_paths": {"kernel.cubin": str(cache.triton / "bb/kernel.cubin")}}))
+    files = manifest.list_files(cache)
+    moved = CacheDirs(tmp_path / "elsewhere" / SHAPE.key)
+    shutil.copytree(cache.root, moved.root)
+    assert manifest.compare_files(files, manifest.list_files(moved))[0].field == "triton/bb/__grp__kernel.json"
+    manifest.relocate(moved, cache.root, moved.root)
+    assert manifest.list_files(moved) == files
+    (named,) = json.loads((moved.triton / "bb/__grp__kernel.json").read_text())["child_paths"].values()
+    assert named == str(moved.triton / "bb/kernel.cubin")
+
+
+def test_two_warm_ups_do_not_share_a_root(tmp_path):
+    with bake.lock(tmp_path), pytest.raises(bake.BakeError, match=r"another warm-up \(pid \d+\)"), bake.lock(tmp_path):
+        pass
+    with bake.lock(tmp_path):
+        pass
