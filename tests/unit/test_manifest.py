@@ -73,8 +73,8 @@ def test_another_configuration_of_the_model_is_another_binding(cache, recipe):
 
 
 @pytest.mark.parametrize(
-    "change", [{"compile": False}, {"attention_backend": "FLASH_ATTN"}, {"quantization": "NVFP4"}, {"deterministic": False},
-               {"compile_mode": "max-autotune"}, {"compile_fullgraph": True}],
+    "change", [{"compile": False}, {"attention_backend": "FLASH_ATTN"}, {"quantization": "NVFP4"},
+               {"deterministic": False}, {"compile_mode": "max-autotune"}, {"compile_fullgraph": True}],
 )  # fmt: skip
 def test_another_recipe_is_refused_by_name(cache, recipe, change):
     assert [m.field for m in found(cache, recipe.model_copy(update=change))] == list(change)

@@ -29,7 +29,8 @@ def test_the_parents_messages_read_back_in_the_child(message):
 
 @pytest.mark.parametrize(
     "message",
-    [Ready(pid=1, import_s=1.5, load_s=0.5), Done(job_id="id", size=1, sample_rate=24000, phases={"text": 0.1}, compiled=Compiled()),
+    [Ready(pid=1, import_s=1.5, load_s=0.5),
+     Done(job_id="id", size=1, sample_rate=24000, phases={"text": 0.1}, compiled=Compiled()),
      Failed(job_id="id", kind="soft", error="x")],
 )  # fmt: skip
 def test_frames_are_what_a_connection_sends(message):
