@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
+import torch._inductor
 from fastvideo.api.compat import generator_config_to_fastvideo_args
 from fastvideo.api.sampling_param import SamplingParam
 from fastvideo.api.schema import (
@@ -73,6 +73,12 @@ def is_fatal(error: BaseException) -> bool:
 def is_refusal(error: BaseException) -> bool:
     """Whether the pipeline refused the request's parameters, before it used them."""
     return isinstance(error, StageVerificationError)
+
+
+def preload() -> None:
+    """Do what every process would do again: hash torch's sources for the compile caches' keys (half a second)."""
+    torch_key()
+    prepare_platform()
 
 
 def compiled_so_far() -> Compiled:
@@ -207,13 +213,14 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     _check_checkpoint(Path(recipe.model_path))
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._inductor.config.deterministic = recipe.deterministic
     compile_config = CompileConfig(enabled=recipe.compile)
     if recipe.compile:
-        # Half a second of hashing torch's sources, which the first look-up in a compile cache would otherwise wait for.
-        torch_key()
+        preload()
         compile_config.backend = "inductor"
-        compile_config.mode = recipe.compile_mode
+        # Not by torch._inductor.config: dynamo's clean-up after each graph (convert_frame.py: preserve_global_state)
+        # calls torch.use_deterministic_algorithms, which sets that attribute back to False for the next graph.
+        options = {**torch._inductor.list_mode_options(recipe.compile_mode), "deterministic": recipe.deterministic}
+        compile_config.extras = {"options": options}
         compile_config.fullgraph = recipe.compile_fullgraph
         compile_config.dynamic = False
     engine = EngineConfig(

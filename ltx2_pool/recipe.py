@@ -34,7 +34,6 @@ class Recipe(BaseModel):
         return {
             **cache.environment(),
             "FASTVIDEO_ATTENTION_BACKEND": self.attention_backend,
-            "TORCHINDUCTOR_DETERMINISTIC": str(int(self.deterministic)),
             # A worker never downloads: the checkpoint is a directory.
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
