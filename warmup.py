@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ltx2_pool import bake, settings
 from ltx2_pool.bake import BakeError, Baker, Report
+from ltx2_pool.host import ProcessHost
 from ltx2_pool.process import Timeouts
 from ltx2_pool.shapes import Menu, MenuError, Shape
 
@@ -29,7 +30,7 @@ MAX_STATUS = 100
 
 def main() -> int:
     parser = settings.argument_parser(
-        "warmup.py", __doc__ or "", only=("model", "shapes", "cache_root", *settings.RECIPE)
+        "warmup.py", __doc__ or "", only=("model", "shapes", "cache_root", *settings.RECIPE, *settings.STARTING)
     )
     parser.add_argument("--only", nargs="+", metavar="KEY", help="bake these shapes only, for instance 768x512@121f")
     parser.add_argument("--force", action="store_true", help="bake again what is baked already")
@@ -55,11 +56,17 @@ def main() -> int:
         parser.error(str(error))
     except KeyError as error:
         parser.error(error.args[0])
-    baker = Baker(menu, chosen.recipe, chosen.cache_root, Timeouts(spawn=600, generation=arguments.timeout))
+    host = ProcessHost(
+        chosen.recipe,
+        Timeouts(spawn=600, generation=arguments.timeout),
+        spawn=chosen.spawn,
+        weights=chosen.weights,
+    )
+    baker = Baker(menu, chosen.recipe, chosen.cache_root, host)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     board = Board(shapes, "verify" if arguments.verify else "bake")
     try:
-        with bake.lock(chosen.cache_root), baker.working(), board.live():
+        with bake.lock(chosen.cache_root), board.live():
             reports = asyncio.run(_run(baker, shapes, board, arguments))
     except BakeError as error:
         print(f"warmup.py: {error}", file=sys.stderr)
@@ -100,7 +107,8 @@ async def _run(baker: Baker, shapes: Sequence[Shape], board: Board, arguments: a
             board.finished(shape, report)
             stopped = arguments.fail_fast and not report.ok
 
-    await asyncio.gather(*(one(shape) for shape in shapes))
+    async with baker.working():
+        await asyncio.gather(*(one(shape) for shape in shapes))
     return reports
 
 

@@ -4,22 +4,38 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import uvloop
 
-from ltx2_pool import manifest
+from ltx2_pool import manifest, plan, requests
 from ltx2_pool import settings as settings_module
+from ltx2_pool.host import ProcessHost
+from ltx2_pool.metrics import Metrics
+from ltx2_pool.pool import Limits, SubprocessPool
+from ltx2_pool.process import Timeouts
+from ltx2_pool.protocol import Memory
 from ltx2_pool.settings import Settings, SettingsError
-from ltx2_pool.shapes import Menu, MenuError
+from ltx2_pool.shapes import Menu, MenuError, Shape
+from ltx2_pool.traffic import Traffic
 
 
 def main() -> int:
-    settings = settings_module.parse(None, os.environ, "worker.py", __doc__ or "")
+    parser = settings_module.argument_parser("worker.py", __doc__ or "")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would be started (shapes, K, memory, caches) and start nothing"
+    )
+    arguments = parser.parse_args()
+    try:
+        settings = settings_module.load(arguments, os.environ)
+    except SettingsError as error:
+        parser.error(str(error))
     logging.basicConfig(
         level=settings.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -29,22 +45,28 @@ def main() -> int:
         menu.check_image(settings.image_shape_hash)
         _check_system_port(os.environ.get("DYN_SYSTEM_PORT"))
         settings.check_model()
-        _check_caches(settings, menu)
+        traffic = Traffic(settings.traffic_file or settings.cache_root / "traffic.json")
+        prewarm = settings.shapes_to_prewarm(menu, traffic)
+        if arguments.plan:
+            plan.show(settings, menu, prewarm)
+            return 0
+        problems = _check_caches(settings, menu)
         run_dir = settings.make_run_dir()
     except (MenuError, SettingsError, OSError) as error:
         print(f"worker.py: {error}", file=sys.stderr)
         return 2
     try:
-        uvloop.run(_serve(settings, menu, run_dir))
+        uvloop.run(_serve(settings, menu, run_dir, traffic, prewarm, problems.keys()))
     finally:
+        traffic.save()
         shutil.rmtree(run_dir, ignore_errors=True)
     return 0
 
 
-def _check_caches(settings: Settings, menu: Menu) -> None:
+def _check_caches(settings: Settings, menu: Menu) -> dict[str, list[manifest.Mismatch]]:
     """Hold every shape's baked cache against what this worker would bake, as LTX2_CACHE_POLICY says."""
     if not (settings.pool_mode and settings.compile):
-        return
+        return {}
     problems = manifest.check(settings.cache_root, settings.recipe, menu.shapes)
     lines = [manifest.describe(key, mismatches) for key, mismatches in problems.items()]
     if lines and settings.cache_policy == "strict":
@@ -54,6 +76,7 @@ def _check_caches(settings: Settings, menu: Menu) -> None:
     logging.info(
         "%d of %d shapes are baked in %s", len(menu.shapes) - len(lines), len(menu.shapes), settings.cache_root
     )
+    return problems
 
 
 def _check_system_port(port: str | None) -> None:
@@ -62,7 +85,14 @@ def _check_system_port(port: str | None) -> None:
         raise SettingsError(f"DYN_SYSTEM_PORT must be a number below 32768 (Dynamo reads it as 16 bits), not {port!r}")
 
 
-async def _serve(settings: Settings, menu: Menu, run_dir: Path) -> None:
+async def _serve(
+    settings: Settings,
+    menu: Menu,
+    run_dir: Path,
+    traffic: Traffic,
+    prewarm: list[Shape],
+    not_baked: Collection[str],
+) -> None:
     from dynamo.runtime import DistributedRuntime
 
     from ltx2_pool import endpoint
@@ -73,30 +103,46 @@ async def _serve(settings: Settings, menu: Menu, run_dir: Path) -> None:
         os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
     request_plane = os.environ.get("DYN_REQUEST_PLANE", "tcp")
     runtime = DistributedRuntime(asyncio.get_running_loop(), settings.discovery, request_plane)
-    await endpoint.serve(runtime, _backend(settings, run_dir), menu, settings)
-
-
-def _backend(settings: Settings, run_dir: Path) -> "endpoint.Backend":  # noqa: F821, UP037
-    if not settings.pool_mode:
+    metrics = Metrics([shape.key for shape in menu.shapes])
+    for shape in menu.shapes:
+        metrics.baked.labels(shape.key).set(settings.pool_mode and shape.key not in not_baked)
+    backend: endpoint.Backend
+    if settings.pool_mode:
+        known = plan.measured(settings, [shape for shape in menu.shapes if shape.key not in not_baked])
+        backend = _pool(settings, menu, run_dir, metrics, prewarm, known)
+    else:
         from ltx2_pool.inprocess import InProcessGenerator
 
-        return InProcessGenerator(settings.recipe, settings.cache_root, run_dir)
-    from ltx2_pool.pool import SubprocessPool
-    from ltx2_pool.process import ExecSpawner, Timeouts
+        backend = InProcessGenerator(settings.recipe, settings.cache_root, run_dir)
+    await endpoint.serve(runtime, backend, menu, settings, metrics, traffic)
 
+
+def _pool(
+    settings: Settings,
+    menu: Menu,
+    run_dir: Path,
+    metrics: Metrics,
+    prewarm: list[Shape],
+    known: Mapping[Shape, Memory],
+) -> SubprocessPool:
+    timeouts = Timeouts(
+        spawn=settings.spawn_timeout,
+        weights=settings.weights_timeout,
+        generation=settings.generation_timeout,
+        cancel=settings.cancel_grace,
+        term=settings.term_grace,
+    )
     return SubprocessPool(
-        ExecSpawner(),
-        settings.recipe,
+        ProcessHost(settings.recipe, timeouts, spawn=settings.spawn, weights=settings.weights),
         settings.cache_root,
         run_dir,
-        max_size=settings.pool_max_size,
+        capacity=plan.capacity(settings, known),
         gpu_concurrency=settings.gpu_concurrency,
-        timeouts=Timeouts(
-            spawn=settings.spawn_timeout,
-            generation=settings.generation_timeout,
-            cancel=settings.cancel_grace,
-            term=settings.term_grace,
-        ),
+        limits=Limits(settings.max_queue, settings.max_queue_per_shape, settings.job_timeout),
+        warm_up=functools.partial(requests.warm_up, menu) if settings.warm else None,
+        prewarm=prewarm,
+        ready_min=settings.ready_min,
+        metrics=metrics,
     )
 
 

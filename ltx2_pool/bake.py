@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ltx2_pool import manifest as manifests
-from ltx2_pool.guard import Guard
+from ltx2_pool.host import ProcessHost
 from ltx2_pool.manifest import Manifest
-from ltx2_pool.process import ExecSpawner, JobFailed, ProcessLost, ShapeProcess, Timeouts
-from ltx2_pool.protocol import Compiled, Done
+from ltx2_pool.process import JobFailed, ProcessLost
+from ltx2_pool.protocol import Compiled, Done, Memory
 from ltx2_pool.recipe import Recipe
 from ltx2_pool.requests import Job
 from ltx2_pool.shapes import CacheDirs, Menu, Shape
@@ -62,8 +62,11 @@ class Report:
     same_video: bool | None = None
     """Whether the videos are the same, byte for byte: the bake's two, or the verification's and the bake's."""
 
+    memory: Memory | None = None
+    """What the process needed for itself."""
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "memory": self.memory.model_dump() if self.memory is not None else None}
 
 
 @contextlib.contextmanager
@@ -88,23 +91,22 @@ def lock(cache_root: Path) -> Iterator[None]:
 class Baker:
     """Bakes and verifies the shapes of one menu for one recipe below one cache root."""
 
-    def __init__(self, menu: Menu, recipe: Recipe, cache_root: Path, timeouts: Timeouts) -> None:
+    def __init__(self, menu: Menu, recipe: Recipe, cache_root: Path, host: ProcessHost) -> None:
         self._menu = menu
         self._recipe = recipe
         self._cache_root = cache_root
-        self._timeouts = timeouts
-        self._guard = Guard()
+        self._host = host
 
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
         """While this is entered, shapes can be baked and verified. Clears what an interrupted bake left."""
-        self._guard.start()
+        await self._host.start()
         try:
             for leftover in (self._cache_root / "per-shape").glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
         finally:
-            self._guard.close()
+            await self._host.close()
 
     def state(self, shape: Shape) -> list[manifests.Mismatch]:
         """How the shape's cache differs from what a bake would be bound to now; empty when it is baked."""
@@ -128,6 +130,7 @@ class Baker:
                 report.hot_s = min(report.hot_s, (await make(job))[0])
                 if done.compiled != Compiled():
                     report.problems.append("the second video compiled again: the shape does not get hot")
+                report.memory = done.memory
                 report.video_sha256 = first
                 report.same_video = first == second
                 if not report.same_video:
@@ -149,6 +152,7 @@ class Baker:
                     hot_s=report.hot_s,
                     job={name: getattr(job, name) for name in ("prompt", "seed", "steps", "guidance", "fps")},
                     video_sha256=report.video_sha256,
+                    memory=done.memory,
                     files=files,
                 ),
             )
@@ -193,7 +197,7 @@ class Baker:
             report.first_s, report.video_sha256, done = await make(job)
             on_state("hot video")
             report.hot_s = min([(await make(job))[0] for _ in range(2)])
-        report.compiled = done.compiled.model_dump()
+        report.compiled, report.memory = done.compiled.model_dump(), done.memory
         for name, count in report.compiled.items():
             if count and not name.endswith("hits"):
                 report.problems.append(f"{count} {name.replace('_', ' ')} in the compile cache")
@@ -225,7 +229,7 @@ class Baker:
         self, shape: Shape, cache: CacheDirs, report: Report, on_state: OnState
     ) -> AsyncIterator[Callable[[Job], Any]]:
         """A fresh shape process on that cache; yields a function that makes a video and returns what it took."""
-        process = ShapeProcess(shape, ExecSpawner(), self._guard, self._timeouts)
+        process = self._host.process(shape)
         with tempfile.TemporaryDirectory(prefix="ltx2-warmup-") as output_dir:
 
             async def make(template: Job) -> tuple[float, str, Done]:
@@ -238,9 +242,11 @@ class Baker:
                 return seconds, hashlib.sha256(path.read_bytes()).hexdigest(), done
 
             try:
+                on_state("loading")
+                await self._host.prepare()
                 on_state("starting")
                 began = time.monotonic()
-                await process.start(self._recipe, cache, output_dir)
+                await self._host.start_process(process, cache, output_dir)
                 report.ready_s = time.monotonic() - began
                 yield make
             finally:

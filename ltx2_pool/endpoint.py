@@ -26,12 +26,14 @@ from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 from dynamo.llm.exceptions import HttpError, InvalidArgument
 
 from ltx2_pool import __version__, requests
-from ltx2_pool.pool import PoolClosed, Video
+from ltx2_pool.metrics import Metrics
+from ltx2_pool.pool import JobTimeout, Poisonous, QueueFull, Rejected, Video
 from ltx2_pool.process import JobFailed, OnEvent, ProcessLost
 from ltx2_pool.protocol import Phase, Step
 from ltx2_pool.requests import Job, RequestError
 from ltx2_pool.settings import Settings
 from ltx2_pool.shapes import Menu
+from ltx2_pool.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ class Backend(Protocol):
     async def generate(self, job: Job, on_event: OnEvent) -> Video: ...
 
     async def close(self, drain_timeout: float = 0) -> None: ...
+
+    def abort(self) -> None: ...
 
     def status(self) -> dict[str, Any]: ...
 
@@ -67,12 +71,23 @@ class MediaStore:
 class VideoHandler:
     """Turns a request of the frontend into a job, and its outcome into what the frontend understands."""
 
-    def __init__(self, backend: Backend, menu: Menu, model: str, limits: requests.Limits, store: MediaStore | None):
+    def __init__(
+        self,
+        backend: Backend,
+        menu: Menu,
+        model: str,
+        limits: requests.Limits,
+        store: MediaStore | None,
+        metrics: Metrics,
+        traffic: Traffic,
+    ) -> None:
         self._backend = backend
         self._menu = menu
         self._model = model
         self._limits = limits
         self._store = store
+        self._metrics = metrics
+        self._traffic = traffic
 
     async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
         """One /v1/videos request. An async generator: raising at call time would quarantine the worker."""
@@ -83,6 +98,7 @@ class VideoHandler:
             job, delivery = requests.parse(request, uuid.uuid4().hex, self._menu, self._limits)
         except RequestError as error:
             logger.info("request %s refused: %s", context.id(), error)
+            self._metrics.rejections.labels("invalid").inc()
             raise InvalidArgument(str(error)) from error
         # The key in the id tells which shape was made: a request for 1280x720 is served as 1280x736.
         video_id = f"video_{job.id}_{job.shape.key}"
@@ -92,6 +108,7 @@ class VideoHandler:
             "job %s request=%s shape=%s steps=%d seed=%d admitted", job.id, context.id(), job.shape, job.steps, job.seed
         )
         logger.debug("job %s prompt=%r", job.id, job.prompt)
+        self._traffic.count(job.shape)
         try:
             video: Video | None = None
             async for item in self._watched(job, context):
@@ -114,6 +131,7 @@ class VideoHandler:
         except Exception as error:
             raise _as_dynamo(job, error) from error
         seconds = time.monotonic() - began
+        self._metrics.phase.labels(job.shape.key, "respond").observe(seconds - sum(video.phases.values()))
         phases = " ".join(f"{name}={value:.3f}" for name, value in video.phases.items())
         logger.info("job %s done shape=%s seconds=%.3f bytes=%d %s", job.id, job.shape, seconds, len(data), phases)
         yield self._response(
@@ -145,7 +163,7 @@ class VideoHandler:
             gone.cancel()
             if not work.done():
                 work.cancel()
-                with contextlib.suppress(asyncio.CancelledError, JobFailed, ProcessLost, PoolClosed):
+                with contextlib.suppress(asyncio.CancelledError, JobFailed, ProcessLost, Rejected):
                     _discard(await work)
 
     def _response(self, video_id: str, **fields: Any) -> dict[str, Any]:
@@ -169,23 +187,32 @@ def _as_dynamo(job: Job, error: Exception) -> Any:
     if isinstance(error, JobFailed) and error.kind == "refused":
         logger.warning("job %s refused by the pipeline: %s", job.id, error)
         return InvalidArgument(f"the pipeline refused the request: {error.error.splitlines()[0]}")
-    if isinstance(error, ProcessLost) and error.reason == "gen_timeout":
+    if isinstance(error, JobTimeout) or (isinstance(error, ProcessLost) and error.reason == "gen_timeout"):
+        logger.error("job %s not done in time: %s", job.id, error)
         return TimeoutError(str(error))
-    if isinstance(error, ProcessLost | PoolClosed):
+    if isinstance(error, QueueFull):
+        logger.warning("job %s refused: %s", job.id, error)
+        return HttpError(429, str(error))
+    if isinstance(error, Poisonous):
+        logger.warning("job %s refused: %s", job.id, error)
+        return InvalidArgument(str(error))
+    if isinstance(error, ProcessLost | Rejected):
         logger.error("job %s not done: %s", job.id, error)
         return HttpError(503, "the video could not be made now; try again")
     logger.error("job %s failed: %s", job.id, error, exc_info=not isinstance(error, JobFailed))
     return HttpError(500, "the video could not be made")
 
 
-async def serve(runtime: Any, backend: Backend, menu: Menu, settings: Settings) -> None:
-    """Register with Dynamo once the backend is up, serve until SIGTERM or SIGINT, and drain."""
+async def serve(
+    runtime: Any, backend: Backend, menu: Menu, settings: Settings, metrics: Metrics, traffic: Traffic
+) -> None:
+    """Register with Dynamo once the backend is ready, serve until SIGTERM or SIGINT, and drain."""
     model = settings.served_model_name or menu.model
     store = None
     if settings.media_output_fs_url:
         store = MediaStore(settings.media_output_fs_url, settings.media_output_http_url)
     limits = requests.Limits(max_prompt_chars=settings.max_prompt_chars, urls=store is not None)
-    handler = VideoHandler(backend, menu, model, limits, store)
+    handler = VideoHandler(backend, menu, model, limits, store, metrics, traffic)
     namespace = get_worker_namespace(settings.namespace)
     endpoint = runtime.endpoint(f"{namespace}.{settings.component}.{settings.endpoint}")
     shutdown = asyncio.Event()
@@ -194,10 +221,26 @@ async def serve(runtime: Any, backend: Backend, menu: Menu, settings: Settings) 
     )
 
     async def status(_body: object) -> dict[str, Any]:
-        return {"version": __version__, "model": model, "menu": menu.hash, **backend.status()}
+        return {
+            "version": __version__,
+            "model": model,
+            "menu": menu.hash,
+            "shapes": [shape.key for shape in menu.shapes],
+            "traffic": traffic.scores(),
+            **backend.status(),
+        }
 
     runtime.register_engine_route("video/status", status)
-    await backend.start()
+    starting = asyncio.create_task(backend.start())
+    told = asyncio.create_task(shutdown.wait())
+    await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+    if told.done():
+        starting.cancel()
+        await asyncio.wait({starting})
+        await backend.close()
+        return
+    told.cancel()
+    await starting
     await register_model(
         ModelInput.Text, ModelType.Videos, endpoint, str(settings.model), model, worker_type=WorkerType.Aggregated
     )

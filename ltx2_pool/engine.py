@@ -6,9 +6,13 @@ warm-up. Import it only after :meth:`ltx2_pool.recipe.Recipe.environment` has be
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
+import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,7 @@ from fastvideo.worker.executor import Executor
 from torch._inductor.codecache import torch_key
 
 from ltx2_pool.mp4 import Clip
-from ltx2_pool.protocol import Compiled
+from ltx2_pool.protocol import Compiled, Memory
 from ltx2_pool.recipe import Recipe
 from ltx2_pool.requests import Job
 
@@ -160,6 +164,11 @@ class Generator:
             self._announce(self._executor.pipeline._stage_name_mapping[name], phase)
 
     @property
+    def weights_bytes(self) -> int:
+        """Bytes of the parameters and buffers that this process loaded itself."""
+        return 0 if self._executor.modules is not None else sum(s.nbytes() for s in storages(self.modules))
+
+    @property
     def modules(self) -> dict[str, Any]:
         """The pipeline's modules by their name in model_index.json."""
         modules: dict[str, Any] = self._executor.pipeline.modules
@@ -236,8 +245,120 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     executor = type("BoundExecutor", (InProcessExecutor,), {"modules": modules})
     generator = Generator(VideoGenerator(generator_config_to_fastvideo_args(config), executor, log_stats=False))
     # FastVideo loads Gemma (24 GB) at the first prompt; a process that says READY has it.
-    _ = generator.modules["text_encoder"].gemma_model
+    gemma = generator.modules["text_encoder"].gemma_model
+    if modules is not None:
+        # transformers registers what a class can record of its layers in __init__ only, and a lent model comes without
+        # (transformers/utils/output_capturing.py): its hidden_states would be None.
+        with torch.device("meta"):
+            type(gemma)(gemma.config)
+    for module in _torch_modules(generator.modules):
+        module.requires_grad_(False)  # part of the compile keys, and lent tensors have none
     return generator
+
+
+def _torch_modules(modules: Mapping[str, Any]) -> Iterator[torch.nn.Module]:
+    """Those of a pipeline that have weights, and what FastVideo hides in them (Gemma, inside the text encoder)."""
+    for module in modules.values():
+        if isinstance(module, torch.nn.Module):
+            yield module
+            gemma = getattr(module, "_gemma_model", None)
+            if gemma is not None:
+                yield gemma
+
+
+def storages(modules: Mapping[str, Any]) -> Iterator[torch.UntypedStorage]:
+    """The memory of all parameters and buffers, each once."""
+    seen = set()
+    for module in _torch_modules(modules):
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                yield storage
+
+
+def digest(modules: Mapping[str, Any]) -> str:
+    """A checksum of every byte of the weights, made where they are."""
+    total = hashlib.sha256()
+    for storage in storages(modules):
+        octets = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        for begin in range(0, octets.numel(), 1 << 26):
+            part = octets[begin : begin + (1 << 26)].to(torch.int64)
+            # Order matters: a sum alone would not see two bytes that changed places.
+            weights = torch.arange(part.numel(), device=part.device) % 65521 + 1
+            total.update(int((part * weights).sum()).to_bytes(16, "little", signed=True))
+    return total.hexdigest()
+
+
+def seconds_compiling() -> float:
+    """Seconds that this process spent in torch.compile, from tracing to loading the code."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    return float(sum(compilation_time_metrics.get("_compile.compile_inner", ())))
+
+
+def trim_memory() -> None:
+    """Give what the allocator keeps for later back, so that other processes can use it between two jobs."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def memory(weights_bytes: int) -> Memory:
+    """What this process needs besides `weights_bytes`, and its peak since the last call. Call after `trim_memory`."""
+    if torch.cuda.is_available():
+        reserved, peak = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        context = _device_memory_of_this_process(reserved) - reserved
+        return Memory(
+            resident=max(0, reserved + context - weights_bytes),
+            peak=max(0, peak + context - weights_bytes),
+            weights=weights_bytes,
+        )
+    pss, peak = _proportional_set_size()
+    return Memory(resident=max(0, pss - weights_bytes), peak=max(0, peak - weights_bytes), weights=weights_bytes)
+
+
+def device_total() -> int:
+    """Bytes of device memory, 0 on a CPU."""
+    return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else 0
+
+
+_CONTEXT_BYTES = 600 << 20
+"""Of a CUDA context with loaded kernels, where NVML does not tell: it knows processes by their number on the host."""
+
+
+def _device_memory_of_this_process(reserved: int) -> int:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == os.getpid() and process.usedGpuMemory:
+                    return int(process.usedGpuMemory)
+        finally:
+            pynvml.nvmlShutdown()
+    except (ImportError, pynvml.NVMLError):
+        pass
+    return reserved + _CONTEXT_BYTES
+
+
+def _proportional_set_size() -> tuple[int, int]:
+    """Bytes now, and at most since the last call; both without what is shared with others."""
+    process = Path("/proc/self")
+    pss = _kilobytes(process / "smaps_rollup", "Pss:")
+    grown = _kilobytes(process / "status", "VmHWM:") - _kilobytes(process / "status", "VmRSS:")
+    with contextlib.suppress(OSError):
+        (process / "clear_refs").write_text("5")  # start VmHWM anew (proc.rst)
+    return pss * 1024, (pss + max(0, grown)) * 1024
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(name))
 
 
 def _check_checkpoint(path: Path) -> None:

@@ -98,7 +98,7 @@ class InProcessGenerator:
             text = f"{type(error).__name__}: {error}"[:2000]
             if engine.is_fatal(error):
                 self._broken = True
-                raise ProcessLost(job.shape, "cuda_fault", f"a fatal error in the worker: {text}") from error
+                raise ProcessLost("in-process generator", "cuda_fault", f"a fatal error: {text}") from error
             raise JobFailed(job.shape, "refused" if engine.is_refusal(error) else "soft", text) from error
         self._jobs_done += 1
         ends = [begin for _, begin in phases[1:]] + [time.monotonic()]
@@ -117,6 +117,9 @@ class InProcessGenerator:
         if self._jobs and drain_timeout:
             await asyncio.wait(self._jobs, timeout=drain_timeout)
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def abort(self) -> None:
+        """There is no way to stop a generation in this process but between two steps: `close` sees to that."""
 
     def status(self) -> dict[str, Any]:
         """What there is to say without a pool."""

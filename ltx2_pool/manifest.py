@@ -20,10 +20,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ltx2_pool import __version__
+from ltx2_pool.protocol import Memory
 from ltx2_pool.recipe import Recipe
 from ltx2_pool.shapes import CacheDirs, Shape
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 WARM_UP_COMMAND = "python warmup.py --only {key} --force"
 
 
@@ -76,6 +77,8 @@ class Manifest(BaseModel):
     job: dict[str, Any]
     """The parameters of the video that was baked with: prompt, seed, steps, guidance, fps."""
     video_sha256: str
+    memory: Memory
+    """What a process of this shape needs for itself."""
     files: dict[str, File]
     """By path relative to the directory."""
 
@@ -101,12 +104,12 @@ def describe(key: str, mismatches: list[Mismatch]) -> str:
 
 def binding(recipe: Recipe, shape: Shape) -> Binding:
     """What a cache for this shape would be bound to if it was baked now, here. Raises OSError without a checkpoint."""
-    device, capability = _device()
+    name, capability = device()
     return Binding(
         shape=shape.key,
         **{name: _version(name) for name in ("torch", "triton", "fastvideo", "transformers")},
         ltx2_pool=__version__,
-        device=device,
+        device=name,
         capability=capability,
         **recipe.model_dump(exclude={"model_path"}),
         model_config_digest=_config_digest(recipe.model_path),
@@ -216,21 +219,38 @@ def _version(package: str) -> str:
         return "absent"
 
 
+def device() -> tuple[str, str]:
+    """Name and compute capability of the first visible GPU; ``cpu`` and the architecture without one."""
+    gpu = _gpu()
+    return (gpu["name"], gpu["compute_cap"]) if gpu else ("cpu", platform.machine())
+
+
+def device_memory() -> int:
+    """Bytes of memory of the first visible GPU; 0 without one."""
+    return int(_gpu().get("memory.total", "0")) << 20
+
+
+def device_uuid() -> str | None:
+    """The first visible GPU's UUID; None without one."""
+    return _gpu().get("uuid")
+
+
 @functools.cache
-def _device() -> tuple[str, str]:
-    """Name and compute capability of the first visible GPU, asked of the driver's own tool: no CUDA context here."""
+def _gpu() -> dict[str, str]:
+    """The first visible GPU, asked of the driver's own tool: no CUDA context in this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible != "":
-        query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-        if visible:
-            query.append(f"--id={visible.split(',')[0]}")
-        try:
-            answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-            name, capability = answer.splitlines()[0].rsplit(",", 1)
-            return name.strip(), capability.strip()
-        except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-            pass
-    return "cpu", platform.machine()
+    if visible == "":
+        return {}
+    fields = ("name", "compute_cap", "memory.total", "uuid")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    if visible:
+        query.append(f"--id={visible.split(',')[0]}")
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        values = [value.strip() for value in answer.splitlines()[0].split(",")]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The messages between the worker and a shape process, and their framing on the Connection.
+"""The messages between the worker and its children, and their framing on the Connection.
 
 The transport is a ``multiprocessing.Connection`` over an inherited socket pair. The child uses the Connection itself;
 the parent reads the same frames from its event loop: a 4-byte big-endian signed length, then the payload (CPython
@@ -38,6 +38,23 @@ class Assign(_Message):
     recipe: Recipe
     output_dir: str
     """Directory that the child may write videos to."""
+    warm_up: Job | None = None
+    """A video to make and throw away before READY, so that the shape is hot then."""
+    borrow: bool = False
+    """Borrow the weights over the second inherited descriptor instead of loading the checkpoint."""
+
+
+class Lend(_Message):
+    """Parent to child, first and once: load the checkpoint and lend it over the second inherited descriptor."""
+
+    type: Literal["lend"] = "lend"
+    recipe: Recipe
+
+
+class Checksum(_Message):
+    """Parent to the weights process: answer with Checked."""
+
+    type: Literal["checksum"] = "checksum"
 
 
 class Generate(_Message):
@@ -81,13 +98,55 @@ class Compiled(_Message):
         return self.graph_misses + self.autograd_misses + self.bypasses
 
 
+class Memory(_Message):
+    """Bytes that a process needs for itself, whatever it borrows: device memory, on a CPU main memory.
+
+    Whatever other processes do: on a GPU what its allocator holds and its context (NVML, where it tells), on a CPU the
+    proportional set size (Linux Documentation/filesystems/proc.rst: smaps_rollup).
+    """
+
+    resident: int
+    """Between two jobs."""
+    peak: int
+    """At most, in its last job."""
+    weights: int = 0
+    """Of the model, when the process loaded its own; not counted above."""
+
+
 class Ready(_Message):
-    """Child to parent: jobs are welcome. Seconds since the process began each phase of its start."""
+    """Child to parent: jobs are welcome. Seconds that each phase of its start took."""
 
     type: Literal["ready"] = "ready"
     pid: int
     import_s: float
+    """Imports; none in a fork of the zygote."""
     load_s: float
+    """Loading the checkpoint, or attaching the lent weights, and building the pipeline."""
+    trace_s: float = 0
+    """Of the warm-up video: torch.compile, from tracing to loading or compiling kernels."""
+    warm_s: float = 0
+    """The rest of the warm-up video."""
+    memory: Memory
+
+
+class Lending(_Message):
+    """Weights process to parent: the model is loaded and can be borrowed."""
+
+    type: Literal["lending"] = "lending"
+    pid: int
+    import_s: float
+    load_s: float
+    bytes: int
+    """Of all lent tensors."""
+    device_total: int
+    """Bytes of device memory; 0 on a CPU."""
+
+
+class Checked(_Message):
+    """Weights process to parent: a digest of every byte that it lends."""
+
+    type: Literal["checked"] = "checked"
+    digest: str
 
 
 class Phase(_Message):
@@ -120,6 +179,7 @@ class Done(_Message):
     """Seconds spent in each phase."""
     compiled: Compiled
     """What torch.compile had to do for this video."""
+    memory: Memory
 
 
 class Failed(_Message):
@@ -140,8 +200,8 @@ class Broken(_Message):
     error: str
 
 
-FromParent = Assign | Generate | Cancel | Shutdown
-FromChild = Ready | Phase | Step | Done | Failed | Broken
+FromParent = Assign | Lend | Generate | Cancel | Checksum | Shutdown
+FromChild = Ready | Lending | Checked | Phase | Step | Done | Failed | Broken
 
 _M = TypeVar("_M")
 

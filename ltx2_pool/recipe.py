@@ -29,10 +29,10 @@ class Recipe(BaseModel):
     quantization: str | None = None
     """Transformer quantization by FastVideo's name; ``NVFP4`` needs a Blackwell GPU."""
 
-    def environment(self, cache: CacheDirs) -> dict[str, str]:
-        """Variables that must be set before torch and fastvideo are imported."""
+    def environment(self, cache: CacheDirs | None = None) -> dict[str, str]:
+        """Variables to set before torch and fastvideo are imported; those of the cache, before something compiles."""
         return {
-            **cache.environment(),
+            **(cache.environment() if cache is not None else {}),
             "FASTVIDEO_ATTENTION_BACKEND": self.attention_backend,
             # A worker never downloads: the checkpoint is a directory.
             "HF_HUB_OFFLINE": "1",

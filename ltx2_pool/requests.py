@@ -71,6 +71,11 @@ class Job:
         return f"shape={self.shape.key} seed={self.seed} steps={self.steps} fps={self.fps}"
 
 
+def warm_up(menu: Menu, shape: Shape) -> Job:
+    """The video that makes a process of this shape hot: by the menu's parameters, and thrown away."""
+    return Job("warm-up", shape, "a warm-up", menu.seed, menu.steps, menu.guidance, menu.fps)
+
+
 @dataclass(frozen=True)
 class Delivery:
     """How the client wants the video."""

@@ -7,17 +7,21 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ltx2_pool.recipe import Recipe
+from ltx2_pool.shapes import Menu, Shape
+from ltx2_pool.traffic import Traffic
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
-def _option(default: Any, env: str, help: str, flag: str | None = None, **limits: Any) -> Any:
-    return Field(default, description=help, json_schema_extra={"env": env, "flag": flag}, **limits)
+def _option(
+    default: Any, env: str, help: str, flag: str | None = None, metavar: str | None = None, **limits: Any
+) -> Any:
+    return Field(default, description=help, json_schema_extra={"env": env, "flag": flag, "metavar": metavar}, **limits)
 
 
 class Settings(BaseModel):
@@ -55,8 +59,58 @@ class Settings(BaseModel):
         "1: a pool of shape-pinned processes; 0 or unset: one generator inside the worker",
         flag="--pool-mode",
     )
-    pool_max_size: int = _option(
-        2, "LTX2_POOL_MAX_SIZE", "K: how many shape processes may exist at once", flag="--pool-max-size", ge=1, le=64
+    pool_max_size: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] | None = _option(
+        None,
+        "LTX2_POOL_MAX_SIZE",
+        "K: how many shape processes may exist at once, or auto: as many as fit the memory (default: auto with shared "
+        "weights, 2 with private)",
+        flag="--pool-max-size",
+    )
+    memory_reserve: float = _option(
+        4,
+        "LTX2_POOL_MEMORY_RESERVE",
+        "GiB of device memory (on a CPU: main memory) that auto leaves free",
+        flag="--memory-reserve",
+        metavar="GIB",
+        ge=0,
+    )
+    spawn: Literal["zygote", "exec"] = _option(
+        "zygote",
+        "LTX2_POOL_SPAWN",
+        "how a shape process starts: zygote forks one that has imported everything, exec starts an interpreter",
+        flag="--spawn",
+    )
+    weights: Literal["shared", "private"] = _option(
+        "shared",
+        "LTX2_POOL_WEIGHTS",
+        "shared: one process loads the checkpoint and lends it to all; private: each shape process loads its own",
+        flag="--weights",
+    )
+    warm: bool = _option(
+        True,
+        "LTX2_POOL_WARM",
+        "make one video and throw it away before a shape process is READY (0: the first customer waits for that)",
+        flag="--warm",
+    )
+    prewarm: str | None = _option(
+        None,
+        "LTX2_POOL_PREWARM",
+        "shapes to start before anybody asks: all, none, top:N by traffic, or shape keys with commas between "
+        "(default: all with shared weights, none with private)",
+        flag="--prewarm",
+    )
+    ready_min: int = _option(
+        1,
+        "LTX2_POOL_READY_MIN",
+        "how many of the shapes to prewarm must be hot before the model is registered with Dynamo",
+        flag="--ready-min",
+        ge=0,
+    )
+    traffic_file: Path | None = _option(
+        None,
+        "LTX2_TRAFFIC_FILE",
+        "where the traffic by shape is remembered for --prewarm top:N (default: <cache root>/traffic.json)",
+        flag="--traffic-file",
     )
     gpu_concurrency: int = _option(
         1,
@@ -68,6 +122,9 @@ class Settings(BaseModel):
     )
     spawn_timeout: float = _option(
         180, "LTX2_POOL_SPAWN_TIMEOUT", "seconds a shape process has to become READY", flag="--spawn-timeout", gt=0
+    )
+    weights_timeout: float = _option(
+        900, "LTX2_POOL_WEIGHTS_TIMEOUT", "seconds that loading the checkpoint may take", flag="--weights-timeout", gt=0
     )
     generation_timeout: float = _option(
         1800,
@@ -85,6 +142,27 @@ class Settings(BaseModel):
     )
     term_grace: float = _option(
         30, "LTX2_POOL_TERM_GRACE", "seconds between SIGTERM and SIGKILL for a shape process", flag="--term-grace", gt=0
+    )
+    max_queue: int = _option(
+        64,
+        "LTX2_POOL_MAX_QUEUE",
+        "how many jobs may wait; the next one is told 429 at once",
+        flag="--max-queue",
+        ge=1,
+    )
+    max_queue_per_shape: int = _option(
+        32,
+        "LTX2_POOL_MAX_QUEUE_PER_SHAPE",
+        "how many jobs may wait for one shape",
+        flag="--max-queue-per-shape",
+        ge=1,
+    )
+    job_timeout: float = _option(
+        3600,
+        "LTX2_POOL_JOB_TIMEOUT",
+        "seconds from admission to the video; the client is told 504 after that",
+        flag="--job-timeout",
+        gt=0,
     )
     drain_timeout: float = _option(
         600,
@@ -166,7 +244,7 @@ class Settings(BaseModel):
         "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR; prompts are logged at DEBUG only", flag="--log-level"
     )
 
-    @field_validator("pool_mode", "compile", "deterministic", "enable_optimizations", mode="before")
+    @field_validator("pool_mode", "warm", "compile", "deterministic", "enable_optimizations", mode="before")
     @classmethod
     def _boolean(cls, value: object) -> object:
         if isinstance(value, str):
@@ -174,6 +252,33 @@ class Settings(BaseModel):
                 return value.strip().lower() in _TRUE
             raise ValueError(f"{value!r} is neither 1 nor 0")
         return value
+
+    @field_validator("prewarm")
+    @classmethod
+    def _prewarm(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("top:") and not value.removeprefix("top:").isdigit():
+            raise ValueError("top: needs a number, for instance top:3")
+        return value
+
+    @property
+    def capacity(self) -> int | None:
+        """K; None means that the memory decides."""
+        size = self.pool_max_size or ("auto" if self.weights == "shared" else 2)
+        return None if size == "auto" else size
+
+    def shapes_to_prewarm(self, menu: Menu, traffic: Traffic) -> list[Shape]:
+        """What to start ahead, in order. Raises SettingsError for a shape that is not on the menu."""
+        wish = self.prewarm or ("all" if self.weights == "shared" else "none")
+        if wish == "none":
+            return []
+        if wish == "all":
+            return traffic.top(menu.shapes, len(menu.shapes))
+        if wish.startswith("top:"):
+            return traffic.top(menu.shapes, int(wish.removeprefix("top:")))
+        try:
+            return [menu.get(key.strip()) for key in wish.split(",")]
+        except KeyError as error:
+            raise SettingsError(f"--prewarm (LTX2_POOL_PREWARM): {error.args[0]}") from error
 
     @property
     def recipe(self) -> Recipe:
@@ -208,6 +313,8 @@ class Settings(BaseModel):
 
 RECIPE = ("compile", "attention_backend", "deterministic", "enable_optimizations")
 """The settings that decide the recipe: warm-up and worker must agree on them."""
+STARTING = ("spawn", "weights")
+"""The settings that decide how a shape process starts; they change no key and no byte."""
 
 
 class SettingsError(ValueError):
@@ -233,7 +340,9 @@ def argument_parser(prog: str, description: str, only: Collection[str] = ()) -> 
         if field.annotation is bool:
             parser.add_argument(flag, dest=name, default=None, action=argparse.BooleanOptionalAction, help=text)
         else:
-            metavar = {int: "N", float: "SECONDS", Path: "PATH"}.get(field.annotation or str, "VALUE")
+            assert isinstance(field.json_schema_extra, dict)
+            usual = {int: "N", float: "SECONDS", Path: "PATH"}.get(field.annotation or str, "VALUE")
+            metavar = str(field.json_schema_extra["metavar"] or usual)
             parser.add_argument(flag, dest=name, default=None, metavar=metavar, help=text)
     return parser
 

@@ -68,6 +68,7 @@ def pool(make_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFact
         program=Path(__file__).with_name("lenient_worker.py"),
         LTX2_POOL_MODE="1",
         LTX2_POOL_MAX_SIZE="2",
+        LTX2_POOL_PREWARM="none",
         LTX2_MEDIA_OUTPUT_FS_URL=f"file://{tmp_path_factory.mktemp('media')}",
         LTX2_MEDIA_OUTPUT_HTTP_URL="http://media.example/v",
     )

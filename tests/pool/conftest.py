@@ -15,6 +15,8 @@ import psutil
 import pytest
 import uvloop
 
+from ltx2_pool.capacity import FixedCapacity
+from ltx2_pool.host import ProcessHost
 from ltx2_pool.pool import SubprocessPool
 from ltx2_pool.process import ExecSpawner, Timeouts
 from ltx2_pool.recipe import Recipe
@@ -59,13 +61,20 @@ def gate(tmp_path: Path) -> Callable[[], Gate]:
 @pytest.fixture
 def make_pool(tmp_path: Path) -> Callable[..., Any]:
     @contextlib.asynccontextmanager
-    async def make(timeouts: Timeouts = QUICK, **options: Any) -> AsyncIterator[SubprocessPool]:
-        spawner = ExecSpawner([sys.executable, str(FAKE_CHILD)])
+    async def make(
+        timeouts: Timeouts = QUICK, *, weights: str = "private", max_size: int | None = None, **options: Any
+    ) -> AsyncIterator[SubprocessPool]:
+        host = ProcessHost(
+            Recipe(model_path="none"),
+            timeouts,
+            weights=weights,
+            spawner=ExecSpawner([sys.executable, str(FAKE_CHILD)]),
+        )
         run_dir = tmp_path / "run"
         run_dir.mkdir(exist_ok=True)
-        pool = SubprocessPool(
-            spawner, Recipe(model_path="none"), tmp_path / "cache", run_dir, timeouts=timeouts, **options
-        )
+        if max_size is not None:
+            options["capacity"] = FixedCapacity(max_size)
+        pool = SubprocessPool(host, tmp_path / "cache", run_dir, **options)
         await pool.start()
         try:
             yield pool

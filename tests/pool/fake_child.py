@@ -15,7 +15,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from ltx2_pool import protocol
-from ltx2_pool.protocol import Assign, Broken, Cancel, Compiled, Done, Failed, Generate, Phase, Ready, Step
+from ltx2_pool.protocol import (
+    Assign,
+    Broken,
+    Cancel,
+    Compiled,
+    Done,
+    Failed,
+    Generate,
+    Lend,
+    Lending,
+    Memory,
+    Phase,
+    Ready,
+    Step,
+)
 
 
 def main() -> None:
@@ -28,6 +42,10 @@ def main() -> None:
         connection.send_bytes(protocol.encode(message))
 
     assign = receive()
+    if isinstance(assign, Lend):
+        send(Lending(pid=os.getpid(), import_s=0, load_s=0, bytes=1 << 30, device_total=0))
+        connection.poll(None)
+        return
     assert isinstance(assign, Assign)
     behaviours = dict(item.split("=") for item in os.environ.get("FAKE_SPAWN", "").split(",") if item)
     spawn = behaviours.get(assign.shape.key, "")
@@ -55,7 +73,8 @@ def main() -> None:
     if spawn.startswith("gate/"):
         with open(spawn.removeprefix("gate")) as gate:  # noqa: PTH123 - a FIFO
             gate.read()
-    send(Ready(pid=os.getpid(), import_s=0, load_s=0))
+    memory = Memory(resident=1 << 30, peak=2 << 30)
+    send(Ready(pid=os.getpid(), import_s=0, load_s=0, memory=memory))
 
     while True:
         message = receive()
@@ -89,7 +108,7 @@ def main() -> None:
             os.write(connection.fileno(), struct.pack("!i", 1 << 30))
             time.sleep(600)
         if prompt == "wrong id":
-            send(Done(job_id="another", size=0, sample_rate=0, phases={}, compiled=Compiled()))
+            send(Done(job_id="another", size=0, sample_rate=0, phases={}, compiled=Compiled(), memory=memory))
             time.sleep(600)
         if prompt in ("soft", "refused", "fatal"):
             send(Failed(job_id=job.id, kind=prompt, error=f"RuntimeError: {prompt} on purpose"))  # type: ignore[arg-type]
@@ -121,7 +140,12 @@ def main() -> None:
         path.write_bytes(f"{job.shape.key} by {os.getpid()}".encode())
         send(
             Done(
-                job_id=job.id, size=path.stat().st_size, sample_rate=24000, phases={"denoise": 0.0}, compiled=Compiled()
+                job_id=job.id,
+                size=path.stat().st_size,
+                sample_rate=24000,
+                phases={"denoise": 0.0},
+                compiled=Compiled(),
+                memory=memory,
             )
         )
 

@@ -186,7 +186,7 @@ def test_a_job_that_loses_two_processes_fails_and_the_shape_serves_on(make_pool,
             with pytest.raises(ProcessLost, match=words) as lost:
                 await make(pool, A, prompt)
             assert lost.value.reason == reason
-            assert lost.value.shape == A
+            assert lost.value.name == A.key
             assert "fake child of 64x64@9f starts" in str(lost.value)
             assert maker(await make(pool)) != before
             assert pool._leases == 1
@@ -257,7 +257,7 @@ def test_a_spawn_that_fails_once_is_repeated(make_pool, run, monkeypatch, tmp_pa
 def test_a_program_that_can_not_be_started_is_a_spawn_failure(make_pool, run):
     async def body():
         async with make_pool() as pool:
-            pool._spawner._program = ["/nonexistent/python"]
+            pool._host._spawner._program = ["/nonexistent/python"]
             with pytest.raises(ProcessLost, match="could not be started") as lost:
                 await make(pool)
             assert lost.value.reason == "spawn_eof"
@@ -399,16 +399,18 @@ import asyncio, os, signal, sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from ltx2_pool.pool import SubprocessPool
+from ltx2_pool.host import ProcessHost
 from ltx2_pool.process import ExecSpawner
 from ltx2_pool.recipe import Recipe
 from ltx2_pool.requests import Job
 from ltx2_pool.shapes import Shape
 async def main():
-    pool = SubprocessPool(ExecSpawner([sys.executable, {str(FAKE_CHILD)!r}]), Recipe(model_path="none"),
-                          Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
+    host = ProcessHost(Recipe(model_path="none"), weights="private",
+                       spawner=ExecSpawner([sys.executable, {str(FAKE_CHILD)!r}]))
+    pool = SubprocessPool(host, Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
     await pool.start()
     await pool.generate(Job("j", Shape(64, 64, 9), "fine", 1, 2, 1.0, 24), lambda _: None)
-    print(*(p["pid"] for p in pool.status()["processes"]), pool._guard._process.pid, flush=True)
+    print(*(p["pid"] for p in pool.status()["processes"]), host._guard._process.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
 """

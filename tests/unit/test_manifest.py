@@ -10,6 +10,7 @@ import pytest
 
 from ltx2_pool import bake, manifest
 from ltx2_pool.manifest import Binding, Manifest
+from ltx2_pool.protocol import Memory
 from ltx2_pool.recipe import Recipe
 from ltx2_pool.shapes import CacheDirs, Shape
 
@@ -36,7 +37,7 @@ def cache(tmp_path: Path, recipe: Recipe) -> CacheDirs:
         dirs,
         Manifest(
             binding=manifest.binding(recipe, SHAPE), baked_at=manifest.now(), ready_s=1, cold_s=2, hot_s=0.1, job={},
-            video_sha256="00", files=manifest.list_files(dirs),
+            video_sha256="00", memory=Memory(resident=1, peak=2), files=manifest.list_files(dirs),
         ),
     )  # fmt: skip
     return dirs

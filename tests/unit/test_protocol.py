@@ -9,19 +9,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltx2_pool import protocol
-from ltx2_pool.protocol import Assign, Cancel, Compiled, Done, Failed, Generate, ProtocolError, Ready, Shutdown
+from ltx2_pool.protocol import (
+    Assign,
+    Cancel,
+    Checked,
+    Checksum,
+    Compiled,
+    Done,
+    Failed,
+    Generate,
+    Lend,
+    Lending,
+    Memory,
+    ProtocolError,
+    Ready,
+    Shutdown,
+)
 from ltx2_pool.recipe import Recipe
 from ltx2_pool.requests import Job
 from ltx2_pool.shapes import Shape
 
 SHAPE = Shape(768, 512, 121)
+MEMORY = Memory(resident=1, peak=2)
 JOB = Job("id", SHAPE, 'ein Fuchs 🦊 " \\ \n', 42, 5, 1.0, 24)
 
 
 @pytest.mark.parametrize(
     "message",
     [Assign(shape=SHAPE, recipe=Recipe(model_path="/m"), output_dir="/o"), Generate(job=JOB), Cancel(job_id="id"),
-     Shutdown()],
+     Lend(recipe=Recipe(model_path="/m")), Checksum(), Shutdown()],
 )  # fmt: skip
 def test_the_parents_messages_read_back_in_the_child(message):
     assert protocol.decode_from_parent(protocol.encode(message)) == message
@@ -29,8 +45,9 @@ def test_the_parents_messages_read_back_in_the_child(message):
 
 @pytest.mark.parametrize(
     "message",
-    [Ready(pid=1, import_s=1.5, load_s=0.5),
-     Done(job_id="id", size=1, sample_rate=24000, phases={"text": 0.1}, compiled=Compiled()),
+    [Ready(pid=1, import_s=1.5, load_s=0.5, memory=MEMORY), Checked(digest="00"),
+     Lending(pid=1, import_s=1, load_s=2, bytes=3, device_total=4),
+     Done(job_id="id", size=1, sample_rate=24000, phases={"text": 0.1}, compiled=Compiled(), memory=MEMORY),
      Failed(job_id="id", kind="soft", error="x")],
 )  # fmt: skip
 def test_frames_are_what_a_connection_sends(message):

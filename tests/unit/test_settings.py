@@ -20,7 +20,7 @@ def parse(*argv: str, **environ: str) -> Settings:
 
 def test_defaults():
     s = parse("--model", "/m")
-    assert (s.pool_mode, s.pool_max_size, s.gpu_concurrency) == (False, 2, 1)
+    assert (s.pool_mode, s.capacity, s.gpu_concurrency) == (False, None, 1)
     assert (s.spawn_timeout, s.generation_timeout, s.term_grace) == (180, 1800, 30)
     assert s.cache_root == Path("/cache")
 
