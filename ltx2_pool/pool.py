@@ -351,7 +351,6 @@ class SubprocessPool:
             return
         shape = process.shape
         warm_up = self._warm_up(shape) if self._warm_up is not None else None
-        began = time.monotonic()
         try:
             ready = await self._host.start_process(
                 process, CacheDirs.of(self._cache_root, shape), str(self._run_dir), warm_up
@@ -362,14 +361,14 @@ class SubprocessPool:
             if not self._closing:
                 self._on_failed_start(shape, lost)
         else:
-            self._on_ready(process, ready, time.monotonic() - began)
+            self._on_ready(process, ready)
             status = await process.exited()
             logger.info("%s ended with status %s", process, status)
             self._processes.pop(shape, None)
         self._schedule()
 
-    def _on_ready(self, process: ShapeProcess, ready: Ready, seconds: float) -> None:
-        key = process.shape.key
+    def _on_ready(self, process: ShapeProcess, ready: Ready) -> None:
+        key, seconds = process.shape.key, time.monotonic() - process.started_at
         logger.info(
             "%s is ready after %.2f s (import %.2f, attach %.2f, trace %.2f, warm-up %.2f; %.2f GB)",
             process, seconds, ready.import_s, ready.load_s, ready.trace_s, ready.warm_s, ready.memory.resident / 1e9,

@@ -167,11 +167,37 @@ def exit_of(pid: int) -> asyncio.Future[int]:
         os.close(pidfd)
         kill_group(pid)  # what it left behind; not yet reaped, so the number is still the group's
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if not exited.done():
-            exited.set_result(status)
+        settle_exit(exited, pid, status)
 
     loop.add_reader(pidfd, on_exit)
     return exited
+
+
+def settle_exit(exited: asyncio.Future[int], pid: int, status: int) -> None:
+    """Set the exit status of a reaped and killed process once the rest of its group is reaped as well."""
+    reaping = asyncio.ensure_future(_reap_group(pid))
+    _reaping.add(reaping)
+
+    def settle(_: object) -> None:
+        _reaping.discard(reaping)
+        if not exited.done():
+            exited.set_result(status)
+
+    reaping.add_done_callback(settle)
+
+
+_reaping: set[asyncio.Future[None]] = set()
+
+
+async def _reap_group(group: int) -> None:
+    """Reap what a dead child had started: to a subreaper, as the zygote makes this process, orphans are its own."""
+    for _ in range(200):
+        try:
+            while os.waitpid(-group, os.WNOHANG)[0]:  # noqa: ASYNC222 - returns at once
+                pass
+        except ChildProcessError:
+            return
+        await asyncio.sleep(0.005)  # killed, but not dead yet
 
 
 class ChildProcess:
@@ -336,6 +362,7 @@ class ShapeProcess(ChildProcess):
         `desk` is where it borrows the weights; without one it loads the checkpoint. Raises ProcessLost; the child is
         then gone.
         """
+        self.started_at = time.monotonic()
         assign = Assign(
             shape=self.shape, recipe=recipe, output_dir=output_dir, warm_up=warm_up, borrow=desk is not None
         )

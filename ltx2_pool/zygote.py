@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 import psutil
 
 from ltx2_pool.guard import Guard, kill_group
-from ltx2_pool.process import Launched, OutputTail, exit_of
+from ltx2_pool.process import Launched, OutputTail, exit_of, settle_exit
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class _Zygote:
         if "ready" in message:
             self._ready.set_result(None)
         elif "exited" in message:
-            self._children.pop(message["exited"]).set_result(message["status"])
+            settle_exit(self._children.pop(message["exited"]), message["exited"], message["status"])
         else:
             answer = self._forks.pop(0)
             if "pid" in message:

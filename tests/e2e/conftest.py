@@ -50,6 +50,7 @@ def make_stack(model: Path, baked: Path, tmp_path_factory: pytest.TempPathFactor
     started: list[Stack] = []
 
     def make(*, cache_root: Path = baked, **options: str) -> Stack:
+        options = {"LTX2_POOL_PREWARM": "none", **options}
         running = Stack(tmp_path_factory.mktemp("stack"), model, MENU, cache_root, **options).__enter__()
         started.append(running)
         return running
@@ -68,7 +69,6 @@ def pool(make_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFact
         program=Path(__file__).with_name("lenient_worker.py"),
         LTX2_POOL_MODE="1",
         LTX2_POOL_MAX_SIZE="2",
-        LTX2_POOL_PREWARM="none",
         LTX2_MEDIA_OUTPUT_FS_URL=f"file://{tmp_path_factory.mktemp('media')}",
         LTX2_MEDIA_OUTPUT_HTTP_URL="http://media.example/v",
     )

@@ -1,0 +1,199 @@
+"""Zygote and lent weights: every shape hot, and nothing lost when one of the helpers is killed."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+import uvloop
+
+from ltx2_pool import manifest, requests
+from ltx2_pool.host import ProcessHost
+from ltx2_pool.process import ShapeProcess, Timeouts
+from ltx2_pool.protocol import Compiled
+from ltx2_pool.recipe import Recipe
+from ltx2_pool.requests import Job
+from ltx2_pool.shapes import CacheDirs, Menu, Shape
+from ltx2_pool.stack import Stack
+
+from .conftest import MENU, A, B, C, ask, check, family, pids
+
+QUICK = Timeouts(spawn=120, weights=120, generation=120, cancel=10, term=10)
+_ids = itertools.count()
+
+
+def job(shape: Shape, steps: int = 2) -> Job:
+    return Job(f"job{next(_ids)}", shape, "a fox", 42, steps, 1.0, 24)
+
+
+@contextlib.asynccontextmanager
+async def processes(
+    host: ProcessHost, cache_root: Path, output_dir: Path, *shapes: Shape, warm: bool = False
+) -> AsyncIterator[list[ShapeProcess]]:
+    """READY shape processes that are ended, with everything they needed, afterwards."""
+    await host.start()
+    started = []
+    try:
+        for shape in shapes:
+            process = host.process(shape)
+            started.append(process)
+            warm_up = requests.warm_up(Menu.load(MENU), shape) if warm else None
+            await host.start_process(process, CacheDirs.of(cache_root, shape), str(output_dir), warm_up)
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            await process.exited()
+        await host.close()
+        assert psutil.Process().children() == []
+
+
+async def make(process: ShapeProcess, video: Job, output_dir: Path) -> tuple[bytes, Compiled]:
+    process.reserve()
+    done = await process.generate(video, lambda _: None)
+    return (output_dir / f"{video.id}.mp4").read_bytes(), done.compiled
+
+
+def bakes_job(baked: Path, shape: Shape) -> tuple[Job, str]:
+    """What the bake made, by forks that borrowed their weights, and the digest of what came out."""
+    found = manifest.read(CacheDirs.of(baked, shape))
+    return Job(f"job{next(_ids)}", shape, **found.job), found.video_sha256
+
+
+def test_an_interpreter_with_its_own_weights_hits_the_same_keys_and_makes_the_same_bytes(model, baked, tmp_path):
+    video, digest = bakes_job(baked, A)
+
+    async def body() -> None:
+        host = ProcessHost(Recipe(model_path=str(model)), QUICK, spawn="exec", weights="private")
+        async with processes(host, baked, tmp_path, A) as (process,):
+            data, compiled = await make(process, video, tmp_path)
+            assert compiled == Compiled(graph_hits=1, autograd_hits=1)
+            assert hashlib.sha256(data).hexdigest() == digest
+            assert process.memory.weights > 0
+
+    uvloop.run(body())
+
+
+def test_ready_means_hot(model, baked, tmp_path):
+    """Here in forks that load their own weights: those that borrow are in every other test."""
+    video, digest = bakes_job(baked, A)
+
+    async def body() -> None:
+        host = ProcessHost(Recipe(model_path=str(model)), QUICK, weights="private")
+        async with processes(host, baked, tmp_path, A, warm=True) as (process,):
+            assert process.ready.trace_s > 0
+            data, compiled = await make(process, video, tmp_path)
+            assert compiled == Compiled()
+            assert hashlib.sha256(data).hexdigest() == digest
+
+    uvloop.run(body())
+
+
+def test_weights_are_held_once_and_nobody_changes_them(model, baked, tmp_path):
+    async def body() -> None:
+        host = ProcessHost(Recipe(model_path=str(model)), QUICK)
+        async with processes(host, baked, tmp_path, A, B, C) as started:
+            before = await host.lender.checksum()
+            with pytest.raises(PermissionError):  # it is sealed: nobody can write, whatever it does
+                os.pwrite(lent_file(host.lender.pid), b"x", 0)
+            lent = host.lending.bytes
+            checkpoint = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
+            assert lent == pytest.approx(checkpoint, rel=0.1)
+            for number in range(34):
+                for process in started:
+                    await make(process, job(process.shape), tmp_path)
+                if number == 0:
+                    everybody = [host.lender.pid, *(process.pid for process in started)]
+                    held = sum(pss_of_weights(pid) for pid in everybody)
+                    assert held == pytest.approx(checkpoint, rel=0.1)
+                    assert all(process.memory.weights == 0 for process in started)
+            assert await host.lender.checksum() == before
+
+    uvloop.run(body())
+
+
+def lent_file(pid: int) -> int:
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if "memfd:ltx2-weights" in str(link.readlink()):
+            return os.open(link, os.O_RDWR)
+    raise AssertionError("nothing is lent")
+
+
+def pss_of_weights(pid: int) -> int:
+    """Bytes of the lent memory file that count for this process, shared pages in proportion."""
+    total, inside = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = "memfd:ltx2-weights" in line
+        elif inside and line.startswith("Pss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.fixture(scope="module")
+def hot(make_stack) -> Stack:
+    """A worker as it comes: zygote, shared weights, every shape of the menu started ahead."""
+    running = make_stack(LTX2_POOL_MODE="1", LTX2_POOL_PREWARM="all", LTX2_POOL_READY_MIN="3")
+    assert {p["state"] for p in running.status()["processes"]} == {"ready"}
+    return running
+
+
+def test_the_whole_menu_is_hot_when_the_model_is_registered(hot):
+    before = pids(hot)
+    assert before.keys() == {A.key, B.key, C.key}
+    for shape in (A, B, C):
+        check(ask(hot, shape), shape)
+    assert pids(hot) == before
+    assert hot.status()["max_size"] == "auto"
+
+
+def kill_during(hot: Stack, shape: Shape, pid: int) -> bytes:
+    """Ask for a video of many steps, SIGKILL a process after the first, and return the video."""
+    data, killed = b"", False
+    for item in hot.stream(size=shape.size, nvext={"num_frames": shape.num_frames, "num_inference_steps": 40}):
+        if item == "[DONE]":
+            break
+        body = json.loads(item)
+        if body["status"] == "in_progress" and not killed:
+            os.kill(pid, signal.SIGKILL)
+            killed = True
+        if body["status"] == "completed":
+            data = base64.b64decode(body["data"][0]["b64_json"])
+    assert killed
+    return data
+
+
+@pytest.mark.parametrize("victim", ["zygote", "weights", "child"])
+def test_a_request_survives_kill_9_of_anything_below_the_worker(hot, victim):
+    expected = ask(hot, A, num_inference_steps=40)
+    before = pids(hot)
+    pid = before[A.key] if victim == "child" else hot.status()["helpers"][victim]
+    assert kill_during(hot, A, pid) == expected
+    for shape in (B, C):
+        check(ask(hot, shape), shape)  # replaced, or never touched
+    assert (pids(hot)[A.key] == before[A.key]) == (victim == "zygote")
+    assert not psutil.pid_exists(pid)
+    # Nothing is left of those that died, and the dead helper has a successor.
+    helpers = wait_for_helpers(hot)
+    groups = {*pids(hot).values(), *helpers.values(), os.getpgid(hot.worker.pid)}
+    strays = [p for p in family(hot) if os.getpgid(p.pid) not in groups and "guard.py" not in " ".join(p.cmdline())]
+    assert strays == []
+
+
+def wait_for_helpers(hot: Stack) -> dict[str, int]:
+    deadline = time.monotonic() + 120
+    while not all((helpers := hot.status()["helpers"]).values()):
+        assert time.monotonic() < deadline, helpers
+        time.sleep(0.05)
+    return helpers
