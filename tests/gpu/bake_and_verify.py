@@ -51,7 +51,7 @@ def main() -> int:
                        "--cache-root", str(work / root), "--report", str(report), *extra]  # fmt: skip
             seconds[name] = _timed(command)
             runs[name] = {shape["shape"]: shape for shape in json.loads(report.read_text())["shapes"]}
-    result = {"machine": _machine(), "layers": arguments.layers, "seconds": seconds, "runs": runs}
+    result = {"machine": machine(), "layers": arguments.layers, "seconds": seconds, "runs": runs}
     (arguments.out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     table = _markdown(result)
     (arguments.out / "report.md").write_text(table)
@@ -67,7 +67,7 @@ def _timed(command: list[str]) -> float:
     return round(time.monotonic() - began, 1)
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
     import torch
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "fastvideo", "transformers")}
