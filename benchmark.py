@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -40,11 +41,15 @@ def main() -> int:
     two.add_argument("--kill-rate", type=float, default=0.2, metavar="P", help="kills for each job [%(default)s]")
     two.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     two.add_argument("--real", action="store_true", help="the real pipeline; without, children that make no video")
+    three = commands.add_parser("fuzz", help="request bodies of every kind of wrong, through the real frontend")
+    _model_options(three)
+    three.add_argument("--bodies", type=int, default=10_000, metavar="N", help="[%(default)s]")
+    three.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     arguments = parser.parse_args()
     console = Console()
     try:
         menu = Menu.load(arguments.shapes)
-        return {"spawn": _spawn, "chaos": _chaos}[arguments.command](arguments, menu, console)
+        return {"spawn": _spawn, "chaos": _chaos, "fuzz": _fuzz}[arguments.command](arguments, menu, console)
     except (MenuError, ProcessLost, OSError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
@@ -99,6 +104,32 @@ def _chaos(arguments: argparse.Namespace, menu: Menu, console: Console) -> int:
         ledger = uvloop.run(run())
     chaos.show(ledger, console)
     return 0 if ledger.ok else 1
+
+
+def _fuzz(arguments: argparse.Namespace, menu: Menu, console: Console) -> int:
+    from ltx2_pool.bench import fuzz  # needs hypothesis, which an image does not have
+
+    model = Path(_recipe(arguments, console).model_path)
+    with contextlib.ExitStack() as cleanup:
+        logs = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ltx2-fuzz-")))
+        with console.status("starting the frontend and the worker, every shape hot"):
+            running = cleanup.enter_context(
+                stack.Stack(
+                    logs, model, arguments.shapes, arguments.cache_root or arguments.work / "cache",
+                    LTX2_POOL_MODE="1", LTX2_POOL_READY_MIN=str(len(menu.shapes)),
+                )
+            )  # fmt: skip
+        progress = cleanup.enter_context(Progress(console=console))
+        bar = progress.add_task("bodies", total=arguments.bodies)
+        try:
+            statuses = fuzz.run(running, menu, arguments.bodies, arguments.seed, lambda: progress.advance(bar))
+        except AssertionError as error:
+            print(f"benchmark.py: {error}", file=sys.stderr)
+            return 1
+    for status, number in sorted(statuses.items()):
+        console.print(f"{number:6} answered {status}")
+    console.print("0 processes lost")
+    return 0
 
 
 if __name__ == "__main__":

@@ -64,7 +64,12 @@ def _demo(console: Console, out: Path, work: Path, logs: Path) -> None:
     with console.status("writing the tiny checkpoint (random weights, real LTX-2 classes)"):
         model = stack.checkpoint(work)
     console.print(f"checkpoint  {model.relative_to(work.parent)}")
-    pool = {"LTX2_POOL_MODE": "1", "LTX2_POOL_MAX_SIZE": "2", "LTX2_POOL_GPU_CONCURRENCY": "2"}
+    pool = {
+        "LTX2_POOL_MODE": "1",
+        "LTX2_POOL_MAX_SIZE": "2",
+        "LTX2_POOL_GPU_CONCURRENCY": "2",
+        "LTX2_POOL_PREWARM": "none",
+    }
     with contextlib.ExitStack() as cleanup:
         with console.status("starting the Dynamo frontend and the worker"):
             running = cleanup.enter_context(stack.Stack(logs, model, SHAPES, work / "cache", **pool))

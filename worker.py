@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import functools
 import logging
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -50,6 +52,7 @@ def main() -> int:
         if arguments.plan:
             plan.show(settings, menu, prewarm)
             return 0
+        gpu_lock = _lock_gpu()
         problems = _check_caches(settings, menu)
         run_dir = settings.make_run_dir()
     except (MenuError, SettingsError, OSError) as error:
@@ -58,9 +61,34 @@ def main() -> int:
     try:
         uvloop.run(_serve(settings, menu, run_dir, traffic, prewarm, problems.keys()))
     finally:
+        os.close(gpu_lock)
         traffic.save()
         shutil.rmtree(run_dir, ignore_errors=True)
     return 0
+
+
+def _lock_gpu() -> int:
+    """Hold this machine's first visible GPU for one worker; returns the lock's descriptor. Raises SettingsError.
+
+    Two workers would each count on all of its memory. Without a GPU nothing is locked.
+    """
+    uuid = manifest.device_uuid()
+    if uuid is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    path = Path(tempfile.gettempdir()) / f"ltx2-pool-{uuid}.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 20).decode(errors="replace") or "unknown"
+        os.close(descriptor)
+        raise SettingsError(
+            f"another worker (pid {holder}) serves this GPU ({uuid}): stop it, or give this one another GPU with "
+            "CUDA_VISIBLE_DEVICES"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
 
 
 def _check_caches(settings: Settings, menu: Menu) -> dict[str, list[manifest.Mismatch]]:

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import signal
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 
 from dynamo.common.protocols.video_protocol import NvVideosResponse, VideoData
 from dynamo.common.storage import get_fs, upload_to_fs
-from dynamo.common.utils.graceful_shutdown import install_signal_handlers
+from dynamo.common.utils.graceful_shutdown import graceful_shutdown_with_discovery
 from dynamo.common.utils.namespace import get_worker_namespace
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 from dynamo.llm.exceptions import HttpError, InvalidArgument
@@ -216,9 +217,23 @@ async def serve(
     namespace = get_worker_namespace(settings.namespace)
     endpoint = runtime.endpoint(f"{namespace}.{settings.component}.{settings.endpoint}")
     shutdown = asyncio.Event()
-    install_signal_handlers(
-        asyncio.get_running_loop(), runtime, [endpoint], shutdown_event=shutdown, grace_period_s=UNREGISTER_GRACE
-    )
+    stopping: asyncio.Task[None] | None = None
+
+    def on_signal() -> None:
+        """The first signal drains, the next one does not wait for anything."""
+        nonlocal stopping
+        if stopping is None:
+            stopping = asyncio.create_task(
+                graceful_shutdown_with_discovery(
+                    runtime, [endpoint], shutdown_event=shutdown, grace_period_s=UNREGISTER_GRACE
+                )
+            )
+        else:
+            logger.warning("told to stop again: jobs that are not done are given up")
+            backend.abort()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
 
     async def status(_body: object) -> dict[str, Any]:
         return {

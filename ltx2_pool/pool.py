@@ -423,6 +423,7 @@ class SubprocessPool:
         self._leases -= 1
         ticket.process = process
         self._processes.move_to_end(process.shape)
+        self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have tidied up
         process.reserve()
         self._own(self._run(ticket, process))
 

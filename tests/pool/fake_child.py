@@ -120,6 +120,10 @@ def main() -> None:
             for _ in range(int(prompt.split()[1]) * 10):
                 sys.stdout.write(line)
             sys.stdout.flush()
+        if prompt == "flood":  # 1 GB
+            chunk = b"y" * (1 << 16) + b"\n"
+            for _ in range((1 << 30) // len(chunk)):
+                os.write(1, chunk)
         if prompt == "until cancelled":
             send(Step(job_id=job.id, done=0, total=2))
             assert isinstance(receive(), Cancel)
