@@ -20,7 +20,7 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from ltx2_pool import protocol
 from ltx2_pool.protocol import Assign, Broken, Cancel, Done, Failed, Generate, Lend, Phase, Ready, Shutdown, Step
@@ -76,7 +76,7 @@ class ShapeServer:
             generator, ready = self._start(assign, desk)
         except Exception as error:
             traceback.print_exc()
-            self._send(Broken(error=f"{type(error).__name__}: {error}"))
+            self._send(Broken(error=f"{type(error).__name__}: {error}"[:2000], compile=_is_compile_failure(error)))
             return
         self._send(ready)
         while not self._stopping:
@@ -148,10 +148,14 @@ class ShapeServer:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             traceback.print_exc()
-            fatal = engine.is_fatal(error)
-            kind = "fatal" if fatal else "refused" if engine.is_refusal(error) else "soft"
+            kind: Literal["fatal", "compile", "refused", "soft"] = (
+                "fatal" if engine.is_fatal(error)
+                else "compile" if engine.is_compile_failure(error)
+                else "refused" if engine.is_refusal(error)
+                else "soft"
+            )  # fmt: skip
             self._send(Failed(job_id=job.id, kind=kind, error=f"{type(error).__name__}: {error}"[:2000]))
-            return not fatal
+            return kind in ("refused", "soft")
         finally:
             self._busy = False
         ends = [begin for _, begin in phases[1:]] + [time.monotonic()]
@@ -187,6 +191,11 @@ class ShapeServer:
         self._stopping = True
         if not self._busy:
             _exit(0)
+
+
+def _is_compile_failure(error: Exception) -> bool:
+    engine = sys.modules.get("ltx2_pool.engine")
+    return engine is not None and bool(engine.is_compile_failure(error))
 
 
 def _die_with_parent() -> None:

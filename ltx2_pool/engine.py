@@ -38,6 +38,7 @@ from fastvideo.pipelines.stages.base import StageVerificationError
 from fastvideo.utils import shallow_asdict
 from fastvideo.worker.executor import Executor
 from torch._inductor.codecache import torch_key
+from torch._inductor.exc import InductorError
 
 from ltx2_pool.mp4 import Clip
 from ltx2_pool.protocol import Compiled, Memory
@@ -72,6 +73,13 @@ def is_fatal(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def is_compile_failure(error: BaseException) -> bool:
+    """Whether torch.compile failed: on a good machine that is a compile cache with damaged files."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    return isinstance(error, BackendCompilerFailed | InductorError)
 
 
 def is_refusal(error: BaseException) -> bool:

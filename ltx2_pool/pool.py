@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from ltx2_pool.breaker import Breaker
 from ltx2_pool.capacity import Capacity, FixedCapacity
+from ltx2_pool.manifest import WARM_UP_COMMAND
 from ltx2_pool.metrics import Metrics
 from ltx2_pool.process import JobFailed, OnEvent, ProcessLost, ShapeProcess, State
 from ltx2_pool.protocol import Lending, Phase, Ready, Step
@@ -482,6 +483,22 @@ class SubprocessPool:
     def _count_loss(self, shape: Shape, lost: ProcessLost) -> None:
         self._metrics.failures.labels(lost.reason).inc()
         self._last_errors[shape] = str(lost)
+        if lost.reason == "compile":
+            self._set_cache_aside(shape)
+
+    def _set_cache_aside(self, shape: Shape) -> None:
+        """torch.compile failed on this shape's cache: let the next process compile into an empty one. Once."""
+        root = CacheDirs.of(self._cache_root, shape).root
+        aside = root.with_name(f"{root.name}.damaged")
+        if aside.exists() or not root.exists():
+            return
+        try:
+            root.rename(aside)
+        except OSError as error:
+            logger.error("the compile cache %s is damaged and can not be moved away: %s", root, error)
+        else:
+            logger.error("the compile cache of %s is damaged and now at %s; a new one is compiled. Bake it again: %s",
+                         shape.key, aside, WARM_UP_COMMAND.format(key=shape.key))  # fmt: skip
 
     def _remember_memory(self, process: ShapeProcess) -> None:
         if process.memory is not None:

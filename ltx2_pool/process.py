@@ -57,6 +57,7 @@ Reason = Literal[
     "send_failed",
     "cancel_timeout",
     "weights_lost",
+    "compile",
 ]
 """Why a process was lost."""
 
@@ -244,7 +245,7 @@ class ChildProcess:
         except TimeoutError:
             raise await self._lost("spawn_timeout", f"not READY within {timeout:g} s; {advice}") from None
         if isinstance(message, Broken):
-            raise await self._lost("spawn_eof", f"could not start: {message.error}")
+            raise await self._lost("compile" if message.compile else "spawn_eof", f"could not start: {message.error}")
         return message
 
     async def exited(self) -> int:
@@ -410,6 +411,8 @@ class ShapeProcess(ChildProcess):
             if isinstance(message, Done):
                 return message
             if isinstance(message, Failed):
+                if message.kind == "compile":
+                    raise await self._lost("compile", f"could not compile: {message.error}")
                 if message.kind == "fatal":
                     raise await self._lost("cuda_fault", f"a fatal error ended it: {message.error}")
                 raise JobFailed(self.shape, message.kind, message.error)

@@ -183,11 +183,11 @@ class Done(_Message):
 
 
 class Failed(_Message):
-    """Child to parent: no video. After ``fatal`` the child ends, after the other kinds it serves on."""
+    """Child to parent: no video. After ``fatal`` and ``compile`` the child ends, after the other kinds it serves on."""
 
     type: Literal["failed"] = "failed"
     job_id: str
-    kind: Literal["refused", "soft", "cancelled", "fatal"]
+    kind: Literal["refused", "soft", "cancelled", "fatal", "compile"]
     """``refused`` is soft too: the pipeline did not accept the parameters, so the client can mend it."""
     error: str
     """``ExceptionClass: message``."""
@@ -198,6 +198,8 @@ class Broken(_Message):
 
     type: Literal["broken"] = "broken"
     error: str
+    compile: bool = False
+    """torch.compile failed in the warm-up video."""
 
 
 FromParent = Assign | Lend | Generate | Cancel | Checksum | Shutdown
