@@ -78,7 +78,7 @@ class ZygoteSpawner:
         self._starting = asyncio.Lock()
         self._restart: asyncio.Task[object] | None = None
         self._closing = False
-        _become_subreaper()
+        _be_subreaper(True)
 
     async def launch(self, environment: Mapping[str, str], inherited: Sequence[int], output: int) -> Launched:
         """As :meth:`ltx2_pool.process.Spawner.launch`."""
@@ -119,6 +119,7 @@ class ZygoteSpawner:
             await asyncio.wait([self._restart])
         if self._zygote is not None:
             await self._zygote.close()
+        _be_subreaper(False)
 
 
 class _Zygote:
@@ -249,9 +250,9 @@ class _Zygote:
         return ZygoteLost("\n".join([what, *(f"  | {line}" for line in self.output.tail)]))
 
 
-def _become_subreaper() -> None:
-    """Orphans of the zygote become this process's children (prctl(2), PR_SET_CHILD_SUBREAPER)."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+def _be_subreaper(yes: bool) -> None:
+    """Whether orphans of the zygote become this process's children (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(yes))
 
 
 def _pass_on(exited: asyncio.Future[int], status: asyncio.Future[int]) -> None:
