@@ -12,6 +12,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import os
 import signal
 import time
 import uuid
@@ -23,6 +24,7 @@ from dynamo.common.protocols.video_protocol import NvVideosResponse, VideoData
 from dynamo.common.storage import get_fs, upload_to_fs
 from dynamo.common.utils.graceful_shutdown import graceful_shutdown_with_discovery
 from dynamo.common.utils.namespace import get_worker_namespace
+from dynamo.common.utils.prometheus import register_engine_metrics_callback
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 from dynamo.llm.exceptions import HttpError, InvalidArgument
 
@@ -246,6 +248,19 @@ async def serve(
         }
 
     runtime.register_engine_route("video/status", status)
+    register_engine_metrics_callback(
+        endpoint,
+        metrics.registry,
+        namespace_name=namespace,
+        component_name=settings.component,
+        endpoint_name=settings.endpoint,
+        model_name=model,
+    )
+    port = os.environ.get("DYN_SYSTEM_PORT", "")
+    if port.isdigit() and int(port):
+        logger.info("metrics and status are on system port %s", port)
+    else:
+        logger.warning("no metrics and no status: DYN_SYSTEM_PORT is %s", repr(port) if port else "not set")
     starting = asyncio.create_task(backend.start())
     told = asyncio.create_task(shutdown.wait())
     await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)

@@ -338,19 +338,18 @@ _CONTEXT_BYTES = 600 << 20
 
 
 def _device_memory_of_this_process(reserved: int) -> int:
-    try:
-        import pynvml
+    import pynvml
 
+    try:
         pynvml.nvmlInit()
         try:
-            uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
                 if process.pid == os.getpid() and process.usedGpuMemory:
                     return int(process.usedGpuMemory)
         finally:
             pynvml.nvmlShutdown()
-    except (ImportError, pynvml.NVMLError):
+    except pynvml.NVMLError:
         pass
     return reserved + _CONTEXT_BYTES
 

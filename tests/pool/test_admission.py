@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from ltx2_pool.metrics import Metrics
 from ltx2_pool.pool import JobTimeout, Limits, Poisonous, QueueFull, Unavailable
 from ltx2_pool.process import ProcessLost, Timeouts
 from ltx2_pool.protocol import Phase
+from ltx2_pool.stack import REPOSITORY
 
 from .conftest import A, B, C, job, pids, states, until
 
@@ -228,3 +231,25 @@ def test_told_to_stop_again_the_pool_does_not_drain(make_pool, run):
             assert [type(result).__name__ for result in results] == ["PoolClosed", "PoolClosed"]
 
     run(body())
+
+
+def test_a_short_chaos_run_loses_nothing(tmp_path):
+    """The long one is for people: python benchmark.py chaos --jobs 1000."""
+    command = [
+        sys.executable,
+        str(REPOSITORY / "benchmark.py"),
+        "chaos",
+        "--jobs",
+        "80",
+        "--kill-rate",
+        "0.3",
+        "--seed",
+        "5",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("│ ").split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    ledger = {name.strip(): text.strip() for name, text in rows}
+    assert ledger["admitted"] == "80"
+    assert (ledger["lost"], ledger["wrong bytes"], ledger["left behind"]) == ("0", "0", "0")
+    assert int(ledger["killed: shape process"]) > 5
