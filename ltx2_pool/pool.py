@@ -33,7 +33,7 @@ from ltx2_pool.shapes import CacheDirs, Shape
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 2
-"""How many processes a job may lose before it fails."""
+"""How many processes a job may lose in the middle of it before it fails."""
 POISON_SECONDS = 600.0
 """For how long the parameters of a job that ended two processes are refused."""
 _MAX_POISONS = 1000
@@ -392,12 +392,13 @@ class SubprocessPool:
         breaker = self._breakers[shape]
         breaker.failed()
         logger.error("spawn failed (%d in a row): %s", breaker.failures, lost)
-        for ticket in [t for t in self._waiting if t.job.shape == shape]:
-            self._charge(ticket, lost)
         if breaker.remaining:
             logger.error(
                 "%s is left alone for %.0f s after %d failed starts", shape, breaker.remaining, breaker.failures
             )
+            for ticket in [t for t in self._waiting if t.job.shape == shape]:
+                self._waiting.remove(ticket)
+                _settle(ticket, lost)
 
     def _check_breaker(self, shape: Shape) -> None:
         if (breaker := self._breakers.get(shape)) is not None and breaker.remaining:
@@ -465,7 +466,7 @@ class SubprocessPool:
             self._schedule()
 
     def _charge(self, ticket: _Ticket, lost: ProcessLost) -> None:
-        """A waiting job lost a process: let it try once more, or tell its client."""
+        """A job lost its process and waits again: let it try once more, or tell its client."""
         ticket.losses.append(lost)
         if len(ticket.losses) < ATTEMPTS and lost.reason != "gen_timeout":
             logger.warning("job %s lost its process (%s) and is tried again", ticket.job.id, lost.reason)

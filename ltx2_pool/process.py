@@ -148,7 +148,14 @@ class ExecSpawner:
             pass_fds=inherited,
             start_new_session=True,
         )
-        return Launched(child.pid, exit_of(child.pid))
+        exited = exit_of(child.pid)
+
+        def remember(ended: asyncio.Future[int]) -> None:
+            # A Popen that is dropped without a status is reaped behind our back by the next one (subprocess._cleanup).
+            child.returncode = ended.result()
+
+        exited.add_done_callback(remember)
+        return Launched(child.pid, exited)
 
     async def close(self) -> None:
         """Nothing is held."""

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ltx2_pool.breaker import Breaker
 from ltx2_pool.capacity import FixedCapacity
 from ltx2_pool.host import ProcessHost
 from ltx2_pool.pool import Limits, Rejected, SubprocessPool, Video
@@ -78,8 +79,11 @@ class Chaos:
             capacity=FixedCapacity(2),
             limits=Limits(max_queue=_IN_FLIGHT * 2),
             warm_up=(lambda shape: warm_up(menu, shape)) if hot else None,
+            # Kills hit starts as well: the pause after three in a row must not be most of the run.
+            make_breaker=lambda: Breaker(first=0.02, longest=0.02),
         )  # fmt: skip
         self._ledger = Ledger()
+        self._one_kill = asyncio.Lock()
 
     async def run(self, jobs: int, kill_rate: float, seed: int, progress: Progress) -> Ledger:
         """Returns the ledger; the pool is closed and what it left is counted."""
@@ -92,14 +96,14 @@ class Chaos:
         began = time.monotonic()
         bar = progress.add_task("jobs", total=jobs)
         slots = asyncio.Semaphore(_IN_FLIGHT)
+        killers: list[asyncio.Task[None]] = []
         await self._pool.start()
 
         async def one(number: int, shape: Shape, kill: bool, delay: float, pick: float) -> None:
             async with slots:
-                killer = asyncio.create_task(self._kill(delay, pick)) if kill else None
+                if kill:
+                    killers.append(asyncio.create_task(self._kill(delay, pick)))
                 await self._one(number, shape)
-                if killer is not None:
-                    await killer
                 progress.advance(bar)
                 if number == jobs // 10:
                     self._ledger.rss_mb = (_rss_mb(), 0)
@@ -107,6 +111,7 @@ class Chaos:
         try:
             async with asyncio.timeout(30 + 120 * jobs):
                 await asyncio.gather(*(one(number, *plan) for number, plan in enumerate(plans)))
+                await asyncio.gather(*killers)
         finally:
             await self._pool.close()
         self._ledger.rss_mb = (self._ledger.rss_mb[0], _rss_mb())
@@ -131,15 +136,29 @@ class Chaos:
 
     async def _kill(self, delay: float, pick: float) -> None:
         await asyncio.sleep(delay)
-        status = self._pool.status()
-        helpers = [(name, pid) for name, pid in status["helpers"].items() if pid]
-        children = [("shape process", process["pid"]) for process in status["processes"] if process["pid"]]
-        victims = helpers if helpers and pick < _HELPER_SHARE else children
-        if victims:
+        async with self._one_kill:
+            while not (victims := self._victims(pick < _HELPER_SHARE)) and self._busy():  # noqa: ASYNC110 - anything
+                await asyncio.sleep(0.001)
+            if not victims:
+                return  # nobody is left to be harmed
             name, pid = victims[int(pick * 1e6) % len(victims)]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 self._ledger.kills[name] += 1
+            # The next kill may hit anything at any moment, but something has to be served in between.
+            videos = self._ledger.ended["video"]
+            while self._ledger.ended["video"] == videos and self._busy():  # noqa: ASYNC110 - anything
+                await asyncio.sleep(0.001)
+
+    def _busy(self) -> bool:
+        status = self._pool.status()
+        return bool(status["running"] + status["waiting"])
+
+    def _victims(self, helpers_first: bool) -> list[tuple[str, int]]:
+        status = self._pool.status()
+        helpers = [(name, pid) for name, pid in status["helpers"].items() if pid]
+        children = [("shape process", process["pid"]) for process in status["processes"] if process["pid"]]
+        return helpers if helpers and helpers_first else children
 
 
 def _take(video: Video) -> bytes:

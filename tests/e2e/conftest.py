@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from ltx2_pool import mp4, stack
 from ltx2_pool.mp4 import VideoInfo
-from ltx2_pool.shapes import Menu, Shape
+from ltx2_pool.shapes import CacheDirs, Menu, Shape
 from ltx2_pool.stack import REPOSITORY, Stack
 
 WORK = REPOSITORY / ".work"
@@ -42,6 +43,16 @@ def baked(model: Path) -> Path:
         check=True,
     )  # fmt: skip
     return WORK / "baked"
+
+
+def merge(baked: Path, target: Path, *shapes: Shape) -> CacheDirs:
+    """The compile caches of several shapes in one directory, as one process that makes them all would have them."""
+    merged = CacheDirs(target)
+    for shape in shapes:
+        source = CacheDirs.of(baked, shape)
+        for name in ("torchinductor", "triton"):
+            shutil.copytree(source.root / name, target / name, dirs_exist_ok=True)
+    return merged
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import psutil
 
 from ltx2_pool.requests import MAX_SEED
 
-from .conftest import A, B, C, ask, check, pids
+from .conftest import A, B, C, ask, check, merge, pids
 
 
 def test_step_1_smoke(pool):
@@ -69,8 +69,9 @@ def test_step_6_kill_9_then_respawn(pool):
     assert pids(pool)[C.key] == before[C.key]
 
 
-def test_step_7_pool_mode_unset(make_stack):
-    plain = make_stack()
+def test_step_7_pool_mode_unset(make_stack, baked, tmp_path):
+    merge(baked, tmp_path / "in-process", A, B)
+    plain = make_stack(cache_root=tmp_path)
     data = ask(plain, A)
     check(data, A)
     check(ask(plain, B), B)

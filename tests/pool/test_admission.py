@@ -92,9 +92,9 @@ def test_a_shape_that_does_not_start_is_left_alone_for_a_while(make_pool, run, m
         nonlocal now
         metrics = Metrics([A.key, B.key])
         async with make_pool(make_breaker=lambda: Breaker(clock=lambda: now), metrics=metrics) as pool:
-            for _ in range(2):
-                with pytest.raises(ProcessLost):
-                    await pool.generate(job(A), nothing)
+            with pytest.raises(ProcessLost):
+                await pool.generate(job(A), nothing)
+            assert metrics.spawns.labels(A.key)._value.get() == 3
             spawns = metrics.spawns.labels(A.key)._value.get()
             with pytest.raises(Unavailable, match="left alone for"):
                 await pool.generate(job(A), nothing)
@@ -139,8 +139,9 @@ def test_a_job_is_tried_twice_when_it_meets_two_losses_that_are_not_its_own(make
             task = asyncio.create_task(pool.generate(unlucky, nothing))
             for _ in range(2):
                 fd = await door.wait_for_child()
+                process = pool._processes[A]
                 os.kill(pool.status()["helpers"]["weights"], 9)
-                await until(lambda: A not in pool._processes or pool._processes[A].state.value != "busy")
+                await process.exited()
                 os.close(fd)
             with pytest.raises(ProcessLost) as lost:
                 await task

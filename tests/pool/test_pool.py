@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 
 import psutil
@@ -226,7 +228,7 @@ def test_a_generation_that_takes_too_long_is_ended_and_not_repeated(make_pool, r
         ("hang", "spawn_timeout", "LTX2_POOL_SPAWN_TIMEOUT"),
     ],
 )
-def test_a_spawn_that_fails_twice_fails_its_jobs_and_no_others(make_pool, run, monkeypatch, spawn, reason, words):
+def test_a_spawn_that_fails_three_times_fails_its_jobs_and_no_others(make_pool, run, monkeypatch, spawn, reason, words):
     monkeypatch.setenv("FAKE_SPAWN", f"{A.key}={spawn}")
 
     async def body():
@@ -261,6 +263,22 @@ def test_a_program_that_can_not_be_started_is_a_spawn_failure(make_pool, run):
             with pytest.raises(ProcessLost, match="could not be started") as lost:
                 await make(pool)
             assert lost.value.reason == "spawn_eof"
+
+    run(body())
+
+
+def test_the_exit_status_is_not_stolen_by_another_start(make_pool, run):
+    """subprocess reaps what a forgotten Popen left behind whenever it starts something."""
+
+    async def body():
+        async with make_pool() as pool:
+            pid = maker(await make(pool))
+            gc.collect()
+            os.kill(pid, signal.SIGKILL)
+            while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                pass
+            subprocess.run(["true"])  # noqa: ASYNC221 - it is this that must not reap another's child
+            await until(lambda: not pool.status()["processes"])
 
     run(body())
 
@@ -414,8 +432,6 @@ async def main():
     os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
 """
-    import subprocess
-
     parent = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60)
     assert parent.returncode == -signal.SIGKILL
     family = [int(pid) for pid in parent.stdout.split()]
