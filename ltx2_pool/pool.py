@@ -169,6 +169,7 @@ class SubprocessPool:
         """Oldest first."""
         self._running: set[_Ticket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._starting: dict[ShapeProcess, asyncio.Task[None]] = {}
         self._breakers: defaultdict[Shape, Breaker] = defaultdict(make_breaker)
         self._poisons: OrderedDict[Job, float] = OrderedDict()
         """Parameters that ended two processes, and when they may come again."""
@@ -255,6 +256,9 @@ class SubprocessPool:
             _settle(ticket, PoolClosed("the worker shut down before this job was done"))
             if ticket.process is not None:
                 ticket.process.kill()
+        for process, task in self._starting.items():
+            if process.pid is None:  # it waits for the zygote or the weights process: there is nothing to stop yet
+                task.cancel()
         await asyncio.gather(*(process.stop() for process in self._processes.values()))
         while self._tasks:
             await asyncio.wait(self._tasks)
@@ -343,13 +347,10 @@ class SubprocessPool:
         process = self._host.process(shape)
         self._processes[shape] = process
         self._metrics.spawns.labels(shape.key).inc()
-        self._own(self._live(process))
+        self._starting[process] = self._own(self._live(process))
 
     async def _live(self, process: ShapeProcess) -> None:
         """Own one process from its spawn to its end."""
-        if self._closing and not self._waiting:
-            self._processes.pop(process.shape, None)
-            return
         shape = process.shape
         warm_up = self._warm_up(shape) if self._warm_up is not None else None
         try:
@@ -361,11 +362,17 @@ class SubprocessPool:
             self._processes.pop(shape, None)
             if not self._closing:
                 self._on_failed_start(shape, lost)
+        except asyncio.CancelledError:
+            self._processes.pop(shape, None)
+            raise
         else:
+            del self._starting[process]
             self._on_ready(process, ready)
             status = await process.exited()
             logger.info("%s ended with status %s", process, status)
             self._processes.pop(shape, None)
+        finally:
+            self._starting.pop(process, None)
         self._schedule()
 
     def _on_ready(self, process: ShapeProcess, ready: Ready) -> None:
@@ -530,10 +537,11 @@ class SubprocessPool:
             {shape.key for shape, breaker in self._breakers.items() if breaker.remaining},
         )
 
-    def _own(self, coroutine: Any) -> None:
+    def _own(self, coroutine: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 _JOBS_OWN_FAULT: Collection[str] = ("gen_eof", "cuda_fault", "parse_error", "desync", "gen_timeout")

@@ -246,7 +246,10 @@ class ChildProcess:
         """
         try:
             async with asyncio.timeout(timeout):
-                await self._launch(environment, [] if other is None else [other.fileno()])
+                if self.state is State.SPAWNING:
+                    await self._launch(environment, [] if other is None else [other.fileno()])
+                if self.state is not State.SPAWNING:
+                    raise await self._lost("spawn_eof", "was told to stop while it started")
                 await self._send(first)
                 message = await self._receive("spawn_eof", "spawn_parse_error")
         except TimeoutError:

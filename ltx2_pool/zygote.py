@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -267,6 +268,8 @@ def main() -> NoReturn:
     import importlib
 
     control = socket.socket(fileno=int(sys.argv[1]))
+    # Python 3.12 warns at every fork of a process with threads. torch's native ones are idle and hold no lock here.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in PRELOAD:
         importlib.import_module(name)

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import uvloop
 
@@ -41,7 +42,10 @@ def test_checkpoint_caches_and_output_directory_may_go_and_come_back(model, bake
 
         async def video(shape) -> bytes:
             path = (await pool.generate(job(shape), lambda _: None)).path
-            return path.read_bytes()
+            try:
+                return path.read_bytes()
+            finally:
+                path.unlink()
 
         try:
             checkpoint.unlink()
@@ -64,6 +68,16 @@ def test_checkpoint_caches_and_output_directory_may_go_and_come_back(model, bake
             run_dir.unlink()
             assert await video(A) == expected
             assert {p["shape"]: p["pid"] for p in pool.status()["processes"]} == before
+
+            # No room for the file: the same, and the process serves on when there is room again.
+            child = psutil.Process(before[A.key])
+            unlimited = child.rlimit(psutil.RLIMIT_FSIZE)
+            child.rlimit(psutil.RLIMIT_FSIZE, (1000, unlimited[1]))
+            with pytest.raises(JobFailed, match="File too large"):
+                await pool.generate(job(A), lambda _: None)
+            child.rlimit(psutil.RLIMIT_FSIZE, unlimited)
+            assert list(run_dir.iterdir()) == []
+            assert await video(A) == expected
 
             # A hot process does not need its cache any more; the next one finds rubbish, or nothing, and compiles.
             shutil.rmtree(CacheDirs.of(caches, A).root)

@@ -157,6 +157,22 @@ def test_the_order_of_shapes_does_not_change_the_keys(model, baked, tmp_path):
         assert json.loads(output.splitlines()[-1]) == {"graph_keys": 2, "autograd_keys": 2, "hits": 4, "misses": 0}
 
 
+def test_the_plan_says_what_would_be_started(model, baked):
+    plan = subprocess.run(
+        [sys.executable, str(REPOSITORY / "worker.py"), "--plan", "--model", str(model),
+         "--shapes", str(REPOSITORY / "tiny.yaml"), "--cache-root", str(baked)],
+        env={**os.environ, "LTX2_POOL_MODE": "1", "LTX2_POOL_PREWARM": f"{B.key},{A.key}", "COLUMNS": "140"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert plan.returncode == 0, plan.stderr
+    rows = {row[1]: row for row in (line.split("│") for line in plan.stdout.splitlines() if line.startswith("│"))}
+    rows = {key.strip(): [cell.strip() for cell in row] for key, row in rows.items()}
+    assert [rows[shape.key][-2] for shape in (A, B, C)] == ["2.", "1.", "on request"]
+    assert {row[2] for row in rows.values()} == {"baked"}
+    assert "zygote, weights shared" in plan.stdout
+    assert "2 of 3 shapes need" in plan.stdout
+
+
 def test_help_and_mistakes(model, tmp_path):
     assert "--verify" in warmup(model, tmp_path, "--help").stdout
     wrong = warmup(model, tmp_path, "--only", "1x1@1f")

@@ -43,6 +43,8 @@ def main() -> None:
 
     assign = receive()
     if isinstance(assign, Lend):
+        if "weights=hang" in os.environ.get("FAKE_SPAWN", ""):
+            time.sleep(600)
         send(Lending(pid=os.getpid(), import_s=0, load_s=0, bytes=1 << 30, device_total=0))
         connection.poll(None)
         return

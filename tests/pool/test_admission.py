@@ -13,7 +13,7 @@ import pytest
 
 from ltx2_pool.breaker import Breaker
 from ltx2_pool.metrics import Metrics
-from ltx2_pool.pool import JobTimeout, Limits, Poisonous, QueueFull, Unavailable
+from ltx2_pool.pool import JobTimeout, Limits, Poisonous, PoolClosed, QueueFull, Unavailable
 from ltx2_pool.process import ProcessLost, Timeouts
 from ltx2_pool.protocol import Phase
 from ltx2_pool.stack import REPOSITORY
@@ -230,6 +230,21 @@ def test_told_to_stop_again_the_pool_does_not_drain(make_pool, run):
             await closing
             results = await asyncio.gather(*jobs, return_exceptions=True)
             assert [type(result).__name__ for result in results] == ["PoolClosed", "PoolClosed"]
+
+    run(body())
+
+
+def test_closing_does_not_wait_for_weights_that_are_still_loaded(make_pool, run, monkeypatch):
+    monkeypatch.setenv("FAKE_SPAWN", "weights=hang")
+
+    async def body():
+        async with make_pool(Timeouts(weights=600), weights="shared") as pool:
+            waiting = asyncio.create_task(pool.generate(job(A), nothing))
+            await until(lambda: pool._host.lender._process is not None and pool._host.lender._process.pid)
+            async with asyncio.timeout(10):
+                await pool.close()
+            with pytest.raises(PoolClosed):
+                await waiting
 
     run(body())
 

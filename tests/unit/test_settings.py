@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from ltx2_pool import settings
-from ltx2_pool.settings import Settings
+from ltx2_pool.settings import Settings, SettingsError
+from ltx2_pool.shapes import Menu, Shape
+from ltx2_pool.traffic import Traffic
+from ltx2_pool.zygote import why_not_to_fork
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,3 +93,40 @@ def test_the_worker_refuses_to_start_with_status_2_and_says_why(arguments, envir
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_k_follows_the_memory_with_shared_weights_and_is_two_with_private_ones():
+    assert parse(LTX2_MODEL="/m", LTX2_POOL_WEIGHTS="private").capacity == 2
+    assert parse(LTX2_MODEL="/m", LTX2_POOL_WEIGHTS="private", LTX2_POOL_MAX_SIZE="auto").capacity is None
+    assert parse(LTX2_MODEL="/m", LTX2_POOL_MAX_SIZE="3").capacity == 3
+
+
+def test_what_is_started_ahead():
+    menu = Menu.load(ROOT / "tiny.yaml")
+    a, b, c = menu.shapes
+    traffic = Traffic(None)
+    traffic.count(c)
+
+    def prewarm(**environ: str) -> list[Shape]:
+        return parse(LTX2_MODEL="/m", **environ).shapes_to_prewarm(menu, traffic)
+
+    assert prewarm() == prewarm(LTX2_POOL_PREWARM="all") == [c, a, b]
+    assert prewarm(LTX2_POOL_WEIGHTS="private") == prewarm(LTX2_POOL_PREWARM="none") == []
+    assert prewarm(LTX2_POOL_PREWARM="top:2") == [c, a]
+    assert prewarm(LTX2_POOL_PREWARM=f"{b.key}, {a.key}") == [b, a]
+    with pytest.raises(SettingsError, match=r"LTX2_POOL_PREWARM.*is not on the menu"):
+        prewarm(LTX2_POOL_PREWARM="1x1@1")
+    with pytest.raises(SystemExit):
+        prewarm(LTX2_POOL_PREWARM="top:many")
+
+
+def test_a_process_with_a_python_thread_refuses_to_fork():
+    assert why_not_to_fork() is None
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait, name="a thread")
+    thread.start()
+    try:
+        assert why_not_to_fork() == "Python threads run in it: a thread"
+    finally:
+        stop.set()
+        thread.join()
