@@ -14,9 +14,11 @@ import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import httpx
 import uvloop
+from rich.console import Console
 
-from ltx2_pool import manifest, plan, requests
+from ltx2_pool import manifest, plan, requests, statusview
 from ltx2_pool import settings as settings_module
 from ltx2_pool.host import ProcessHost
 from ltx2_pool.metrics import Metrics
@@ -33,7 +35,13 @@ def main() -> int:
     parser.add_argument(
         "--plan", action="store_true", help="print what would be started (shapes, K, memory, caches) and start nothing"
     )
+    parser.add_argument(
+        "command", nargs="?", choices=("serve", "status"), default="serve",
+        help="serve, or draw the status of the worker whose system port is DYN_SYSTEM_PORT [serve]",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.command == "status":
+        return _status(os.environ.get("DYN_SYSTEM_PORT", ""))
     try:
         settings = settings_module.load(arguments, os.environ)
     except SettingsError as error:
@@ -64,6 +72,19 @@ def main() -> int:
         os.close(gpu_lock)
         traffic.save()
         shutil.rmtree(run_dir, ignore_errors=True)
+    return 0
+
+
+def _status(port: str) -> int:
+    if not port.isdigit():
+        print("worker.py: set DYN_SYSTEM_PORT to the system port of the worker to look at", file=sys.stderr)
+        return 2
+    url = f"http://127.0.0.1:{port}"
+    try:
+        statusview.show(statusview.fetch(url), Console())
+    except (httpx.HTTPError, ValueError) as error:
+        print(f"worker.py: no worker answers at {url}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from ltx2_pool.metrics import Metrics
 from ltx2_pool.stack import REPOSITORY
 
-from .conftest import A, B, C, ask
+from .conftest import A, B, C, ask, pids
 
 DYNAMO = {"dynamo_namespace", "dynamo_component", "dynamo_endpoint", "worker_id", "model"}
 
@@ -62,3 +66,18 @@ def test_the_runbook_has_every_series():
     for name, kind, labels, meaning in Metrics([]).documented():
         shown = f"{name}{{{','.join(labels)}}}" if labels else name
         assert f"| `{shown}` | {kind} | {meaning} |" in runbook
+
+
+def test_the_status_is_drawn_in_a_terminal(pool):
+    ask(pool, A)
+    command = [sys.executable, str(REPOSITORY / "worker.py"), "status"]
+    environment = {**os.environ, "DYN_SYSTEM_PORT": str(pool.system_port), "COLUMNS": "140"}
+    drawn = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert drawn.returncode == 0, drawn.stderr
+    line = next(line for line in drawn.stdout.splitlines() if A.key in line)
+    assert "ready" in line
+    assert f" {pids(pool)[A.key]} " in line
+    assert "0 running, 0 waiting" in drawn.stdout
+    environment["DYN_SYSTEM_PORT"] = "1"
+    nobody = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (nobody.returncode, "no worker answers at http://127.0.0.1:1" in nobody.stderr) == (1, True)
