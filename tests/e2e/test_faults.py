@@ -17,9 +17,10 @@ import pytest
 import uvloop
 
 from ltx2_pool.bench import fuzz
+from ltx2_pool.breaker import Breaker
 from ltx2_pool.capacity import FixedCapacity
 from ltx2_pool.host import ProcessHost
-from ltx2_pool.pool import SubprocessPool
+from ltx2_pool.pool import SubprocessPool, Unavailable
 from ltx2_pool.process import JobFailed, ProcessLost
 from ltx2_pool.recipe import Recipe
 from ltx2_pool.shapes import CacheDirs, Menu
@@ -37,7 +38,10 @@ def test_checkpoint_caches_and_output_directory_may_go_and_come_back(model, bake
 
     async def body() -> None:
         host = ProcessHost(Recipe(model_path=str(checkpoint)), QUICK)
-        pool = SubprocessPool(host, caches, run_dir, capacity=FixedCapacity(2))
+        now = 0.0
+        pool = SubprocessPool(
+            host, caches, run_dir, capacity=FixedCapacity(2), make_breaker=lambda: Breaker(clock=lambda: now)
+        )
         await pool.start()
 
         async def video(shape) -> bytes:
@@ -52,6 +56,9 @@ def test_checkpoint_caches_and_output_directory_may_go_and_come_back(model, bake
             with pytest.raises(ProcessLost, match="is not a checkpoint: it has no model_index"):
                 await video(A)
             checkpoint.symlink_to(model)
+            with pytest.raises(Unavailable, match="left alone for 30 s"):
+                await video(A)
+            now += 31
             expected = await video(A)
             assert oct(run_dir.stat().st_mode & 0o777) == "0o700"
 
