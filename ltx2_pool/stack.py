@@ -20,6 +20,7 @@ import httpx
 from ltx2_pool.guard import Guard
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+WORKER = REPOSITORY / "worker.py"
 _POLL = 0.05
 
 
@@ -69,7 +70,7 @@ class Stack:
         shapes: Path,
         cache_root: Path,
         *,
-        program: Path = REPOSITORY / "worker.py",
+        program: Path = WORKER,
         **environment: str,
     ) -> None:
         self.directory = directory
