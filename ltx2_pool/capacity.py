@@ -74,7 +74,7 @@ class MemoryCapacity:
     def lent(self, lending: Lending) -> None:
         """As :meth:`Capacity.lent`."""
         self._total = lending.device_total or self._total
-        self._lent = lending.bytes
+        self._lent = lending.bytes + lending.overhead
 
     def observe(self, shape: Shape, memory: Memory) -> None:
         """As :meth:`Capacity.observe`. The highest peak counts, and the last resident size."""

@@ -309,8 +309,7 @@ def trim_memory() -> None:
     """Give what the allocator keeps for later back, so that other processes can use it between two jobs."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory(weights_bytes: int) -> Memory:

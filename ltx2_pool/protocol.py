@@ -140,6 +140,8 @@ class Lending(_Message):
     """Of all lent tensors."""
     device_total: int
     """Bytes of device memory; 0 on a CPU."""
+    overhead: int = 0
+    """Bytes of device memory that the weights process takes beside the tensors; 0 on a CPU."""
 
 
 class Checked(_Message):

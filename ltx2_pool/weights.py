@@ -8,7 +8,6 @@ in a sealed memory file for main memory. Only inherited descriptors are read, so
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import gc
 import io
@@ -82,6 +81,7 @@ class WeightsServer:
                 import_s=imported - self._started,
                 load_s=time.monotonic() - imported,
                 bytes=loan.bytes,
+                overhead=engine.memory(loan.bytes).resident if engine.device_total() else 0,
                 device_total=engine.device_total(),
             )
         )
@@ -126,7 +126,7 @@ class Loan:
         self._blob = None if on_device else blob
         del modules
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        engine.trim_memory()
 
     def send(self, borrower: socket.socket) -> None:
         """Answer one borrower. Raises OSError when it is gone or does not read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,7 @@ class Watch:
     """Asks the worker for its status all the time, until it is left. Use as ``async with``."""
 
     def __init__(self, url: str | None, every: float = 0.1) -> None:
-        self._url = url
+        self._http = httpx.AsyncClient(base_url=url, timeout=10) if url is not None else None
         self._every = every
         self._task: asyncio.Task[None] | None = None
         self.samples: list[Sample] = []
@@ -120,21 +121,23 @@ class Watch:
         """The last answer, as the worker gave it."""
 
     async def __aenter__(self) -> Watch:
-        if self._url is not None:
-            http = httpx.AsyncClient(base_url=self._url, timeout=10)
-            await self._look(http)
-            self._task = asyncio.create_task(self._run(http))
+        if self._http is not None:
+            await self._look(self._http)
+            self._task = asyncio.create_task(self._run(self._http))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait({self._task})
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self._http is not None:
+            await self._http.aclose()
 
     async def _run(self, http: httpx.AsyncClient) -> None:
-        async with http:
-            while True:
-                await asyncio.sleep(self._every)
+        while True:
+            await asyncio.sleep(self._every)
+            with contextlib.suppress(httpx.HTTPError):  # a worker that restarts leaves a gap
                 await self._look(http)
 
     async def _look(self, http: httpx.AsyncClient) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ltx2_pool.bench.client import Client
 from ltx2_pool.shapes import CacheDirs, Menu, Shape
@@ -141,7 +141,7 @@ def show(result: dict[str, Any], console: Console, out: Path | None) -> None:
         "first_s": "first video", "hot_p50_s": "hot p50", "spawn_s": "spawn to READY", "cold_s": "cold video",
         "beside_p50_s": "hot beside a spawn p50", "beside_max_s": "max", "behind_a_lock_s": "behind one lock",
     }  # fmt: skip
-    table = Table("seconds", *columns.values(), title="the same menu, served in three ways")
+    table = Table(Column("seconds", no_wrap=True), *columns.values(), title="the same menu, served in three ways")
     for way, figures in result["ways"].items():
         table.add_row(way, *(f"{figures[name]:.2f}" if name in figures else "" for name in columns))
     console.print(table)

@@ -5,6 +5,7 @@ None may be answered with a 500, cost a process, or make the frontend turn away 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -66,10 +67,9 @@ def run(stack: Stack, menu: Menu, number: int, seed_value: int, on_answer: Calla
     )  # fmt: skip
     @given(bodies(menu, stack.model_name))
     def one(body: dict[str, Any]) -> None:
-        try:
-            answer = stack.client.post("/v1/videos", json=body)
-        except ValueError:
-            return  # NaN and infinity are no JSON: nothing was sent
+        # With NaN and infinity in it, which are no JSON.
+        content = json.dumps(body).encode()
+        answer = stack.client.post("/v1/videos", content=content, headers={"content-type": "application/json"})
         statuses[answer.status_code] += 1
         on_answer()
         assert answer.status_code in (200, 400, 404, 413, 415, 422), f"{answer.status_code} {answer.text} for {body}"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ltx2_pool.bench.client import Client, Sample, Watch
 from ltx2_pool.shapes import Menu, Shape
@@ -31,7 +31,7 @@ class Level:
     concurrency: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.rate:g} requests/s" if self.rate is not None else f"{self.concurrency} clients"
+        return f"{self.rate:g} requests/s" if self.rate is not None else f"concurrency {self.concurrency}"
 
     @property
     def load(self) -> float:
@@ -194,15 +194,16 @@ def show(results: Sequence[Result], console: Console) -> None:
     for result in results:
         figures = summary(result)
         table = Table(
-            "shape", "videos", "hot p50", "p90", "p99", "cold", "cold p50", "wait p50", "wait p90", "failures",
+            Column("shape", no_wrap=True), "videos", "hot p50", "p90", "p99", "cold", "p50", "wait", "p90", "failed",
             title=f"{result.level}: {figures['videos_per_minute']:.1f} videos a minute, {result.seconds:.0f} s",
+            caption="seconds; wait: all but the making, so the queue and the way there and back",
         )  # fmt: skip
         for key, of in [*figures["shapes"].items(), ("all", figures)]:
             if key == "all":
                 table.add_section()
             failures = ", ".join(f"{n} x {status}" for status, n in sorted(of["failures"].items()))
             table.add_row(
-                key, f"{of['videos']} of {of['requests']}", *(_s(of["hot"], p) for p in ("p50", "p90", "p99")),
+                key, f"{of['videos']}/{of['requests']}", *(_s(of["hot"], p) for p in ("p50", "p90", "p99")),
                 str(of["cold"]["videos"] or ""), _s(of["cold"], "p50"), _s(of["wait"], "p50"), _s(of["wait"], "p90"),
                 f"[red]{failures}[/]",
             )  # fmt: skip
@@ -212,7 +213,7 @@ def show(results: Sequence[Result], console: Console) -> None:
 
 
 def _s(figures: dict[str, float], name: str) -> str:
-    return f"{figures[name]:.2f} s" if name in figures else ""
+    return f"{figures[name]:.2f}" if name in figures else ""
 
 
 def write(results: Sequence[Result], about: dict[str, Any], menu: Menu, out: Path) -> list[Path]:

@@ -43,7 +43,9 @@ def latency(results: Sequence[Result], order: Sequence[str], path: Path) -> Path
                     axes.plot([at, at], [row - 0.36, row + 0.36], style, color="black", linewidth=1.6)
         axes.set_title(f"{result.level}\n{result.videos_per_minute:.1f} videos/min", fontsize=10)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         axes.grid(axis="x", alpha=0.3)
         axes.set_xlabel("seconds from request to video")
     panels[0][0].set_yticks(range(len(order)), order)
@@ -82,7 +84,7 @@ def timeline(result: Result, order: Sequence[str], path: Path) -> Path:
     top.set_ylim(len(order) - 0.5, -0.5)
     top.set_title(f"Processes and jobs: {result.level}", fontweight="bold")
     handles = [Patch(color=colour, label=f"process {state}") for state, colour in STATES.items()]
-    handles += [Patch(color=c, label=text) for c, text in ((WAIT, "job waits"), (HOT, "job runs"),
+    handles += [Patch(color=c, label=text) for c, text in ((WAIT, "job waits or travels"), (HOT, "job runs"),
                 (COLD, "job of a cold shape"), (FAILED, "job failed"))]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     at = [s.at for s in result.samples]
@@ -118,6 +120,7 @@ def throughput(results: Sequence[Result], path: Path) -> Path:
     right.legend(frameon=False)
     for axes in (left, right):
         axes.set_xlabel(unit)
+        axes.set_xticks(load, [f"{value:g}" for value in load])
         axes.grid(alpha=0.3)
     figure.suptitle("Throughput against load", fontweight="bold")
     return _save(figure, path)

@@ -20,7 +20,7 @@ GB = 10**9
 
 def on_gpu(total: int, reserve: int = 0, **known: Memory) -> MemoryCapacity:
     capacity = MemoryCapacity(reserve, known={{"A": A, "B": B, "C": C}[name]: memory for name, memory in known.items()})
-    capacity.lent(Lending(pid=1, import_s=0, load_s=0, bytes=10 * GB, device_total=total))
+    capacity.lent(Lending(pid=1, import_s=0, load_s=0, bytes=9 * GB, overhead=1 * GB, device_total=total))
     return capacity
 
 
