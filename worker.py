@@ -18,7 +18,7 @@ import httpx
 import uvloop
 from rich.console import Console
 
-from ltx2_pool import manifest, plan, requests, statusview
+from ltx2_pool import doctor, manifest, plan, requests, statusview
 from ltx2_pool import settings as settings_module
 from ltx2_pool.host import ProcessHost
 from ltx2_pool.metrics import Metrics
@@ -36,8 +36,8 @@ def main() -> int:
         "--plan", action="store_true", help="print what would be started (shapes, K, memory, caches) and start nothing"
     )
     parser.add_argument(
-        "command", nargs="?", choices=("serve", "status"), default="serve",
-        help="serve, or draw the status of the worker whose system port is DYN_SYSTEM_PORT [serve]",
+        "command", nargs="?", choices=("serve", "status", "doctor"), default="serve",
+        help="serve [default]; status: of the worker at DYN_SYSTEM_PORT; doctor: is this machine fit to serve",
     )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.command == "status":
@@ -46,10 +46,9 @@ def main() -> int:
         settings = settings_module.load(arguments, os.environ)
     except SettingsError as error:
         parser.error(str(error))
-    logging.basicConfig(
-        level=settings.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    if arguments.command == "doctor":
+        return 0 if doctor.show(doctor.examine(settings, os.environ), Console()) else 1
+    _start_logging(settings)
     try:
         menu = Menu.load(settings.shapes)
         menu.check_image(settings.image_shape_hash)
@@ -73,6 +72,20 @@ def main() -> int:
         traffic.save()
         shutil.rmtree(run_dir, ignore_errors=True)
     return 0
+
+
+def _start_logging(settings: Settings) -> None:
+    """One line an event on stderr; Dynamo's JSON lines, with its own, when DYN_LOGGING_JSONL is on."""
+    if os.environ.get("DYN_LOGGING_JSONL", "").lower() in ("1", "true", "yes", "on"):
+        from dynamo.runtime.logging import LogHandler
+
+        logging.basicConfig(level=settings.log_level, handlers=[LogHandler()], format="%(message)s")
+    else:
+        logging.basicConfig(
+            level=settings.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+    for name in ("asyncio", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _status(port: str) -> int:

@@ -438,6 +438,7 @@ class SubprocessPool:
 
     async def _run(self, ticket: _Ticket, process: ShapeProcess) -> None:
         queued = time.monotonic() - ticket.admitted
+        logger.info("job %s starts shape=%s pid=%s queue=%.3f", ticket.job.id, process.shape.key, process.pid, queued)
         lease = _Lease(self._return_lease)
 
         def on_event(event: Phase | Step) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -81,3 +82,56 @@ def test_the_status_is_drawn_in_a_terminal(pool):
     environment["DYN_SYSTEM_PORT"] = "1"
     nobody = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (nobody.returncode, "no worker answers at http://127.0.0.1:1" in nobody.stderr) == (1, True)
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "benchmark.py"), *arguments]
+    return subprocess.run(
+        command, env={**os.environ, "COLUMNS": "140"}, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_load_and_menu_report_against_a_running_frontend(pool, tmp_path):
+    ask(pool, A)
+    ask(pool, B)
+    (tmp_path / "mix.yaml").write_text(f"{A.key}: 2\n{B.key}: 1\n")
+    done = benchmark(
+        "load", "--url", f"http://127.0.0.1:{pool.http_port}", "--status-url", f"http://127.0.0.1:{pool.system_port}",
+        "--mix", str(tmp_path / "mix.yaml"), "--rate", "5,9", "--num-prompts", "6", "--warm-up", "0",
+        "--out", str(tmp_path / "load"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    levels = json.loads((tmp_path / "load" / "summary.json").read_text())["levels"]
+    assert [(level["requests"], level["videos"], level["cold"]["videos"]) for level in levels] == [(6, 6, 0)] * 2
+    assert {key: of["videos"] for key, of in levels[0]["shapes"].items()} == {A.key: 4, B.key: 2}
+    assert len((tmp_path / "load" / "requests.csv").read_text().splitlines()) == 13
+    for picture in ("latency", "timeline", "throughput"):
+        assert (tmp_path / "load" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    report = benchmark("menu-report", "--from", f"http://127.0.0.1:{pool.system_port}/metrics")
+    assert report.returncode == 0, report.stderr
+    assert next(line for line in report.stdout.splitlines() if C.key in line).split("│")[-2].strip().startswith("drop")
+    nobody = benchmark("load", "--url", "http://127.0.0.1:1")
+    assert (nobody.returncode, "no answer from http://127.0.0.1:1" in nobody.stderr) == (2, True)
+
+
+def test_an_image_is_validated_in_turn_and_shuffled(pool, tmp_path):
+    menu = tmp_path / "menu.yaml"
+    menu.write_text("model: ltx2-tiny\nsteps: 2\nshapes:\n  - 64x64@9\n  - 96x64@17\n")
+    done = benchmark(
+        "image", "--url", f"http://127.0.0.1:{pool.http_port}", "--shapes", str(menu), "--prompts", "2",
+        "--max-ratio", "100", "--out", str(tmp_path / "image"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((tmp_path / "image" / "timings.csv").read_text().splitlines()) == 9
+    assert {path.suffix for path in (tmp_path / "image").iterdir()} == {".csv", ".mp4", ".png"}
+
+
+def test_dynamos_json_lines_carry_shape_job_and_pid(make_stack):
+    running = make_stack(LTX2_POOL_MODE="1", DYN_LOGGING_JSONL="1")
+    ask(running, A)
+    lines = [json.loads(line)["message"] for line in running.log("worker").splitlines() if line.startswith("{")]
+    starts = next(line for line in lines if " starts shape=" in line)
+    job = starts.split()[1]
+    assert f"starts shape={A.key} pid={pids(running)[A.key]} " in starts
+    assert any(line.startswith(f"job {job} request=") and line.endswith("admitted") for line in lines)
+    assert any(line.startswith(f"job {job} done shape={A.key}") for line in lines)
