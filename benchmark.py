@@ -212,7 +212,9 @@ def _load(arguments: argparse.Namespace, console: Console) -> int:
     load.show(results, console)
     about = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "arguments": {k: str(v) for k, v in vars(arguments).items() if k != "run" and v is not None},
+        "mix": arguments.mix,
+        "shuffle_seed": arguments.shuffle_seed,
+        "warm_up": arguments.warm_up,
         "worker": {k: status[k] for k in ("version", "model", "menu", "max_size") if k in status},
     }
     for path in load.write(results, about, menu, arguments.out):
