@@ -3,6 +3,8 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
 RUN := $(VENV)/bin/python
+COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 \
+	--no-emit-index-url --no-header --no-annotate
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint unit lock clean
@@ -21,9 +23,9 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-lock: $(VENV)/.uv  ## resolve pyproject.toml into requirements.lock
-	$(VENV)/bin/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
-		--no-emit-index-url --no-header --no-annotate --output-file requirements.lock
+lock: $(VENV)/.uv  ## resolve pyproject.toml into requirements.lock (the image's) and requirements-dev.lock (that, and the tools)
+	$(COMPILE) --output-file requirements.lock
+	$(COMPILE) --group dev --constraint requirements.lock --output-file requirements-dev.lock
 
 $(VENV)/.uv:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
@@ -31,8 +33,8 @@ $(VENV)/.uv:
 	$(RUN) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	touch $@
 
-$(INSTALLED): $(VENV)/.uv requirements.lock pyproject.toml
-	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --no-deps -r requirements.lock
+$(INSTALLED): $(VENV)/.uv requirements-dev.lock pyproject.toml
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --no-deps -r requirements-dev.lock
 	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

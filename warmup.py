@@ -79,6 +79,8 @@ def main() -> int:
         arguments.report.write_text(
             json.dumps({"menu": menu.hash, "ok": not failed, "shapes": [r.as_dict() for r in reports]}, indent=1) + "\n"
         )
+    if not (failed or arguments.verify) and set(shapes) == set(menu.shapes):
+        (chosen.cache_root / "IMAGE_SHAPE_HASH").write_text(f"{menu.hash}\n")
     print(f"{len(reports) - len(failed)} of {len(shapes)} shapes are good; menu hash {menu.hash}")
     return min(len(shapes) - (len(reports) - len(failed)), MAX_STATUS)
 

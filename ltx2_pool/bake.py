@@ -264,6 +264,7 @@ def _replace(new: Path, final: Path) -> None:
 
 
 def _set_writable(root: Path, writable: bool) -> None:
-    for path in (root, *root.rglob("*")):
+    """Of all but inductor's lock files, which it needs on a cache that hits, too (filelock, as any user but root)."""
+    for path in (root, *(path for path in root.rglob("*") if "locks" not in path.parts)):
         mode = path.stat().st_mode
         path.chmod(mode | 0o200 if writable else mode & ~0o222)

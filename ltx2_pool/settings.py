@@ -302,6 +302,11 @@ class Settings(BaseModel):
                 f"{self.model} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
                 "Diffusers layout, or write a tiny one: python -m ltx2_pool.tiny DIR"
             )
+        for path in self.model.rglob("*"):
+            if not os.access(path, os.R_OK):
+                raise SettingsError(
+                    f"{path} can not be read by uid {os.geteuid()}: chmod --recursive a+rX {self.model}"
+                )
 
     def make_run_dir(self) -> Path:
         """Create the private directory for videos, mode 0700. Raises OSError."""

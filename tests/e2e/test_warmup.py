@@ -18,11 +18,13 @@ from ltx2_pool.stack import REPOSITORY
 from .conftest import A, B, C, ask, merge
 
 PROBE = Path(__file__).with_name("order_probe.py")
+# File permissions bind root as well without these two capabilities: the image runs as nobody special.
+UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
 
 def warmup(model: Path, cache_root: Path, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(REPOSITORY / "tiny.yaml"),
+        *UNPRIVILEGED, sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(REPOSITORY / "tiny.yaml"),
         "--model", str(model), "--cache-root", str(cache_root), *arguments,
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=500, **options)
@@ -85,7 +87,6 @@ def test_verify_fails_when_the_cache_lacks_an_entry_that_the_manifest_does_not_k
     done = warmup(model, damaged, "--verify", "--only", A.key)
     assert done.returncode == 1
     assert "1 autograd misses in the compile cache" in done.stdout
-    assert "new files, the first is torchinductor/aotautograd/" in done.stdout
 
 
 def test_strict_policy_refuses_a_cache_baked_otherwise_and_says_how_to_mend_it(model, damaged):

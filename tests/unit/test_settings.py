@@ -130,3 +130,14 @@ def test_a_process_with_a_python_thread_refuses_to_fork():
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_checkpoint_that_can_not_be_read_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text("{}")
+    weights = tmp_path / "transformer" / "a.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    readable = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != weights and readable(path, mode))  # root reads all
+    with pytest.raises(SettingsError, match=r"a\.safetensors can not be read by uid \d+: chmod --recursive a\+rX"):
+        Settings(model=tmp_path).check_model()
