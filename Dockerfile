@@ -19,20 +19,21 @@ RUN python3 -m venv /opt/venv \
 COPY requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --no-deps -r requirements.lock
-# FastVideo's own kernels, for the GPUs that will serve ("10.0a" for a B200). LTX2_ATTENTION_BACKEND=TORCH_SDPA, the
-# default, does without them; FASTVIDEO_KERNELS=0 leaves them out. The source distribution has neither CUTLASS, which comes
-# from its own package, nor ThunderKittens: kernels that need the latter fall back to Triton.
+# FastVideo's own kernels, for the GPUs that will serve ("10.0a" for a B200). Only attention backends beyond TORCH_SDPA, the
+# default, and FLASH_ATTN use them; FASTVIDEO_KERNELS=0 leaves them out. The source distribution has neither CUTLASS, which
+# comes from its own package, nor ThunderKittens: kernels that need the latter fall back to Triton.
 ARG FASTVIDEO_KERNELS=1
 ARG TORCH_CUDA_ARCH_LIST="9.0a"
 ARG MAX_JOBS=4
 RUN --mount=type=cache,target=/root/.cache/uv \
     if [ "${FASTVIDEO_KERNELS}" = 1 ]; then \
-        uv pip install --no-deps scikit-build-core==1.1.2 cmake==4.4.4 ninja==1.13.2 nvidia-cutlass==4.2.0.0 \
+        uv pip install --no-deps scikit-build-core==1.1.2 cmake==4.4.4 ninja==1.13.2 \
+            pathspec==1.1.1 nvidia-cutlass==4.2.0.0 \
         && CPATH="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cutlass_library/source/include:${CPATH:-}" \
             CMAKE_ARGS="-DFASTVIDEO_KERNEL_BUILD_TK=OFF" CMAKE_BUILD_PARALLEL_LEVEL="${MAX_JOBS}" \
             TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST}" \
             uv pip install --no-deps --no-build-isolation --no-binary fastvideo-kernel fastvideo-kernel==0.3.5 \
-        && uv pip uninstall scikit-build-core cmake ninja nvidia-cutlass; \
+        && uv pip uninstall scikit-build-core cmake ninja pathspec nvidia-cutlass; \
     fi
 COPY pyproject.toml README.md ./
 COPY ltx2_pool ltx2_pool

@@ -11,10 +11,19 @@ import ctypes
 import hashlib
 import itertools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ltx2_pool.recipe import WITHOUT_KERNELS
+
+if os.environ.get("FASTVIDEO_ATTENTION_BACKEND", "TORCH_SDPA") in WITHOUT_KERNELS:
+    # FastVideo imports its own kernels for every backend where they are installed (fastvideo/pipelines/stages/
+    # denoising.py), and importing them asks the driver for the GPU (fastvideo_kernel/triton_kernels/st_attn_triton.py:
+    # get_autotune_config). That starts CUDA, so that a zygote could not fork any more, and fails without a GPU.
+    sys.modules["fastvideo_kernel"] = None  # type: ignore[assignment]  # "not installed", as importlib has it
 
 import torch
 import torch._inductor

@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict
 
 from ltx2_pool.shapes import CacheDirs
 
+WITHOUT_KERNELS = ("TORCH_SDPA", "FLASH_ATTN")
+"""Attention backends that do without FastVideo's own kernels (the package fastvideo-kernel)."""
+
 
 class Recipe(BaseModel):
     """How the generator is built. Two processes with equal recipes, shapes and software make equal compile keys.

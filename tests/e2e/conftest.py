@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -55,9 +56,9 @@ def merge(baked: Path, target: Path, *shapes: Shape) -> CacheDirs:
     return merged
 
 
-@pytest.fixture(scope="module")
-def make_stack(model: Path, baked: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Stack]]:
-    """Starts stacks that are stopped at the end of the module, and sees that nothing of them is left."""
+@contextlib.contextmanager
+def stacks(model: Path, baked: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Stack]]:
+    """Starts stacks, stops them at the end, and sees that nothing of them is left."""
     started: list[Stack] = []
 
     def make(*, cache_root: Path = baked, **options: str) -> Stack:
@@ -74,15 +75,22 @@ def make_stack(model: Path, baked: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def pool(make_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory) -> Stack:
-    """A worker in pool mode with K=2, shared by a module's tests."""
-    return make_stack(
-        program=Path(__file__).with_name("lenient_worker.py"),
-        LTX2_POOL_MODE="1",
-        LTX2_POOL_MAX_SIZE="2",
-        LTX2_MEDIA_OUTPUT_FS_URL=f"file://{tmp_path_factory.mktemp('media')}",
-        LTX2_MEDIA_OUTPUT_HTTP_URL="http://media.example/v",
-    )
+def make_stack(model: Path, baked: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Stack]]:
+    with stacks(model, baked, tmp_path_factory) as make:
+        yield make
+
+
+@pytest.fixture(scope="session")
+def pool(model: Path, baked: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A worker in pool mode with K=2, shared by all tests: they may kill what is in it, and must not stop it."""
+    with stacks(model, baked, tmp_path_factory) as make:
+        yield make(
+            program=Path(__file__).with_name("lenient_worker.py"),
+            LTX2_POOL_MODE="1",
+            LTX2_POOL_MAX_SIZE="2",
+            LTX2_MEDIA_OUTPUT_FS_URL=f"file://{tmp_path_factory.mktemp('media')}",
+            LTX2_MEDIA_OUTPUT_HTTP_URL="http://media.example/v",
+        )
 
 
 def ask(running: Stack, shape: Shape, **nvext: object) -> bytes:

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -197,3 +199,20 @@ def wait_for_helpers(hot: Stack) -> dict[str, int]:
         assert time.monotonic() < deadline, helpers
         time.sleep(0.05)
     return helpers
+
+
+def test_kernels_that_ask_the_driver_at_import_are_left_alone(tmp_path):
+    """fastvideo-kernel 0.3.5 does: no zygote could fork any more, and without a GPU FastVideo did not import."""
+    package = tmp_path / "fastvideo_kernel"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise RuntimeError("0 active drivers ([]). There should only be one.")\n')
+    for backend, works in (("TORCH_SDPA", True), ("VIDEO_SPARSE_ATTN", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", "import ltx2_pool.engine"],
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "FASTVIDEO_ATTENTION_BACKEND": backend},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert (done.returncode == 0) is works, done.stderr
+        assert works or "0 active drivers" in done.stderr

@@ -1,0 +1,1 @@
+"""What ``benchmark.py`` runs: one module for each of its subcommands."""

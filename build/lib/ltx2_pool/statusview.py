@@ -1,0 +1,55 @@
+"""``worker.py status``: what a running worker says of itself, drawn in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+_GIB = 2**30
+_COLOURS = {"ready": "green", "busy": "bold green", "spawning": "yellow", "draining": "yellow", "dead": "red"}
+
+
+def fetch(url: str) -> dict[str, Any]:
+    """The worker's status. Raises httpx.HTTPError."""
+    status: dict[str, Any] = httpx.get(f"{url}/engine/video/status", timeout=10).raise_for_status().json()
+    return status
+
+
+def show(status: dict[str, Any], console: Console) -> None:
+    """Print one line for each shape of the menu, then the queue, the memory and the last errors."""
+    processes = {process["shape"]: process for process in status["processes"]}
+    waiting, traffic = status.get("waiting_by_shape", {}), status.get("traffic", {})
+    table = Table("shape", "state", "pid", "age", "jobs", "waiting", "resident", "peak", "traffic",
+                  title=f"{status['model']}, menu {status['menu']}, ltx2-pool {status['version']}")  # fmt: skip
+    for key in status["shapes"]:
+        process = processes.get(key)
+        state = process["state"] if process else "–"
+        if key in status.get("unavailable", {}):
+            state = f"left alone for {status['unavailable'][key]:.0f} s"
+        memory = (process or {}).get("memory") or {}
+        table.add_row(
+            key,
+            f"[{_COLOURS.get(state, 'dim')}]{state}[/]",
+            str(process["pid"]) if process else "",
+            f"{process['age_s']:.0f} s" if process else "",
+            str(process["jobs_done"]) if process else "",
+            str(waiting.get(key, 0) or ""),
+            f"{memory['resident'] / _GIB:.2f} GiB" if memory else "",
+            f"{memory['peak'] / _GIB:.2f} GiB" if memory else "",
+            f"{traffic[key]:.1f}" if key in traffic else "",
+        )
+    console.print(table)
+    console.print(f"jobs      {status['running']} running, {status['waiting']} waiting, "
+                  f"expected wait {status.get('expected_wait_s', 0):.1f} s")  # fmt: skip
+    helpers = ", ".join(f"{name} {pid or 'none'}" for name, pid in status.get("helpers", {}).items())
+    console.print(f"K         {status.get('max_size', 'no pool')}   helpers: {helpers or 'none'}")
+    if memory := status.get("memory"):
+        console.print("memory    " + ", ".join(
+            f"{name} {memory[name] / _GIB:.1f} GiB" for name in ("total", "weights", "reserve", "budget")
+        ))  # fmt: skip
+    for key, error in status.get("last_errors", {}).items():
+        console.print(f"last error of {key}:", style="yellow")
+        console.print(error, highlight=False, markup=False, soft_wrap=True)

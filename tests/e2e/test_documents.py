@@ -1,0 +1,97 @@
+"""Every command of the documents that is not marked with what it needs is run here, as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ltx2_pool import mp4, stack
+from ltx2_pool.stack import REPOSITORY
+from tests.documents import Command, commands
+
+from .conftest import MENU, A
+
+ELSEWHERE = {
+    "make test": "this run",
+    "make demo": "test_documents.py: test_the_demo_shows_cold_and_hot_videos",
+    "kill -TERM $WORKER_PID": "test_endpoint.py: test_sigterm_lets_the_running_job_finish",
+}
+"""Commands that another test runs."""
+
+
+def bare(command: Command) -> str:
+    return command.text.partition(" # ")[0].strip()
+
+
+HERE = [command for command in commands() if not command.mark and bare(command) not in ELSEWHERE]
+
+
+def test_what_is_run_elsewhere_is():
+    assert set(ELSEWHERE) <= {bare(command) for command in commands()}
+    for place in ELSEWHERE.values():
+        file, _, name = place.partition(": ")
+        assert not name or f"def {name}(" in Path(__file__).with_name(file).read_text()
+
+
+@pytest.mark.parametrize("command", HERE, ids=str)
+def test_a_command_works_as_it_stands(pool, model, baked, tmp_path, command):
+    text = command.text
+    for written, meant in {
+        "localhost:8000": f"127.0.0.1:{pool.http_port}",
+        "localhost:$DYN_SYSTEM_PORT": f"127.0.0.1:{pool.system_port}",
+        "WORKER:9090": f"127.0.0.1:{pool.system_port}",
+        "/cache": str(baked),
+        # The tiny menu's first shape in the place of the real menu's, in two ways.
+        '"size": "768x512", "seconds": 5': f'"size": "{A.size}"',
+        '"model": "ltx2-distilled"': f'"model": "{pool.model_name}"',
+    }.items():
+        text = text.replace(written, meant)
+    text = re.sub(r"(?<!\w)DIR\b", str(model), text)
+    looks_at_worker = "worker.py status" in text
+    port = pool.system_port if looks_at_worker else stack.free_port()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    (tmp_path / "shapes.yaml").symlink_to(REPOSITORY / "shapes.yaml")
+    for program in ("worker.py", "warmup.py", "benchmark.py", "deploy"):
+        (tmp_path / program).symlink_to(REPOSITORY / program)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DYN_SYSTEM_PORT": str(port),
+            "DYN_DISCOVERY_BACKEND": "file",
+            "LTX2_SHAPES": str(MENU),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if (tmp_path / "fox.mp4").exists():
+        assert mp4.probe((tmp_path / "fox.mp4").read_bytes()).num_frames == A.num_frames
+
+
+def test_the_demo_shows_cold_and_hot_videos(model, baked, tmp_path):
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    (work / model.name).symlink_to(model)
+    shutil.copytree(baked, work / "cache")
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "demo.py"), "--work", str(work), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("│") for line in done.stdout.splitlines() if ".mp4" in line]
+    assert [row[2].strip() for row in rows] == ["cold", "cold", "hot"]
+    assert len(list(out.glob("*.mp4"))) == 3
+    assert (out / "contact-sheet.png").read_bytes().startswith(b"\x89PNG")
