@@ -20,7 +20,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from ltx2_pool import stack
+from ltx2_pool import stack, terminal
 from ltx2_pool.bench import advice, chaos, compare, image, load, spawn
 from ltx2_pool.bench.client import Client, Watch
 from ltx2_pool.host import ProcessHost
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent
 
 def main() -> int:
     arguments = _parser().parse_args()
-    console = Console()
+    console = terminal.console()
     try:
         status: int = arguments.run(arguments, console)
         return status

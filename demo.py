@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ltx2_pool import contactsheet, mp4, stack
+from ltx2_pool import contactsheet, mp4, stack, terminal
 from ltx2_pool.shapes import Menu, Shape
 
 ROOT = Path(__file__).resolve().parent
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / ".work", help="checkpoint and caches (default %(default)s)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started is stopped
-    console = Console()
+    console = terminal.console()
     logs = Path(tempfile.mkdtemp(prefix="ltx2-demo-"))
     try:
         _demo(console, arguments.out, arguments.work, logs)

@@ -14,11 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ltx2_pool import bake, settings
+from ltx2_pool import bake, settings, terminal
 from ltx2_pool.bake import BakeError, Baker, Report
 from ltx2_pool.host import ProcessHost
 from ltx2_pool.process import Timeouts
@@ -118,7 +117,7 @@ class Board:
     """Shows what happens: a live table on a terminal, plain lines in a log."""
 
     def __init__(self, shapes: Sequence[Shape], verb: str) -> None:
-        self._console = Console(width=None if sys.stdout.isatty() else 120)
+        self._console = terminal.console()
         self._verb = verb
         self._states = {shape.key: "waiting" for shape in shapes}
         self._since = {shape.key: time.monotonic() for shape in shapes}

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import httpx
 import uvloop
-from rich.console import Console
 
-from ltx2_pool import doctor, manifest, plan, requests, statusview
+from ltx2_pool import doctor, manifest, plan, requests, statusview, terminal
 from ltx2_pool import settings as settings_module
 from ltx2_pool.host import ProcessHost
 from ltx2_pool.metrics import Metrics
@@ -47,7 +46,7 @@ def main() -> int:
     except SettingsError as error:
         parser.error(str(error))
     if arguments.command == "doctor":
-        return 0 if doctor.show(doctor.examine(settings, os.environ), Console()) else 1
+        return 0 if doctor.show(doctor.examine(settings, os.environ), terminal.console()) else 1
     _start_logging(settings)
     try:
         menu = Menu.load(settings.shapes)
@@ -94,7 +93,7 @@ def _status(port: str) -> int:
         return 2
     url = f"http://127.0.0.1:{port}"
     try:
-        statusview.show(statusview.fetch(url), Console())
+        statusview.show(statusview.fetch(url), terminal.console())
     except (httpx.HTTPError, ValueError) as error:
         print(f"worker.py: no worker answers at {url}: {error}", file=sys.stderr)
         return 1

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
-from ltx2_pool import manifest
+from ltx2_pool import manifest, terminal
 from ltx2_pool.capacity import Capacity, FixedCapacity, MemoryCapacity
 from ltx2_pool.protocol import Lending, Memory
 from ltx2_pool.settings import Settings
@@ -35,7 +34,7 @@ def capacity(settings: Settings, known: Mapping[Shape, Memory]) -> Capacity:
 
 def show(settings: Settings, menu: Menu, prewarm: Sequence[Shape]) -> None:
     """Print the plan. Raises OSError without a checkpoint."""
-    console = Console()
+    console = terminal.console()
     problems = manifest.check(settings.cache_root, settings.recipe, menu.shapes)
     known = measured(settings, [shape for shape in menu.shapes if shape.key not in problems])
     limit = capacity(settings, known)

@@ -97,9 +97,9 @@ def run() -> Callable[[Awaitable[None]], None]:
         assert not left, left
 
     def go(body: Awaitable[None]) -> None:
-        before = _open_files()
+        before, children = _open_files(), psutil.Process().children()
         uvloop.run(main(body))
-        assert psutil.Process().children(recursive=True) == []
+        assert [child for child in psutil.Process().children() if child not in children] == []
         left = {fd: file for fd, file in _open_files().items() if before.get(fd) != file}
         assert not left
 
