@@ -64,5 +64,5 @@ FROM runtime AS baked
 ARG IMAGE_SHAPE_HASH
 COPY --chown=10001:10001 baked/ /cache/
 # Fails the build when the caches were baked for another menu than the one in the image.
-RUN python -c "from pathlib import Path; from ltx2_pool.shapes import Menu; Menu.load(Path('shapes.yaml')).check_image('${IMAGE_SHAPE_HASH:?give --build-arg IMAGE_SHAPE_HASH}')"
+RUN python -c "from pathlib import Path; from ltx2_pool.words.shapes import Menu; Menu.load(Path('shapes.yaml')).check_image('${IMAGE_SHAPE_HASH:?give --build-arg IMAGE_SHAPE_HASH}')"
 ENV IMAGE_SHAPE_HASH=${IMAGE_SHAPE_HASH} LTX2_CACHE_POLICY=strict

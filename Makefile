@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint unit lock clean
 
 demo: $(INSTALLED)  ## three videos through the real frontend, a table and a contact sheet
-	$(RUN) demo.py
+	$(RUN) -m ltx2_pool.programs.demo
 
 test: $(INSTALLED) lint  ## the whole suite
 	$(RUN) -m pytest

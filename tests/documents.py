@@ -6,7 +6,7 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from ltx2_pool.stack import REPOSITORY
+from tests.paths import REPOSITORY
 
 DOCUMENTS = ("README.md", "RUNBOOK.md", "ARCHITECTURE.md", "docs/measurements.md")
 MARKS = ("GPU", "engine", "cluster", "minutes")

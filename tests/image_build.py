@@ -214,7 +214,7 @@ def _build_all(scratch: Path, given: dict[str, str], skip: str) -> None:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copy2(source, target)
-    shutil.copy2(REPOSITORY / "tiny.yaml", context / "shapes.yaml")  # the menu that can be baked without a GPU
+    shutil.copy2(stack.TINY_MENU, context / "shapes.yaml")  # the menu that can be baked without a GPU
     roots: dict[str, Root] = {}
     for stage in parse((REPOSITORY / "Dockerfile").read_text()):
         root = roots[stage.name] = Root(scratch / stage.name, roots.get(stage.base))
@@ -234,7 +234,7 @@ def _build_all(scratch: Path, given: dict[str, str], skip: str) -> None:
 
 
 def _write_model(root: Root) -> None:
-    root.run(["python", "-m", "ltx2_pool.tiny", "/model"], user="0:0")
+    root.run(["python", "-m", "ltx2_pool.tools.tiny", "/model"], user="0:0")
     root.run(["chmod", "--recursive", "a+rX", "/model"], user="0:0")  # safetensors writes files for their owner only
 
 

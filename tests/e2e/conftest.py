@@ -14,13 +14,15 @@ import httpx
 import psutil
 import pytest
 
-from ltx2_pool import mp4, stack
-from ltx2_pool.mp4 import VideoInfo
-from ltx2_pool.shapes import CacheDirs, Menu, Shape
-from ltx2_pool.stack import REPOSITORY, Stack
+from ltx2_pool.model import mp4
+from ltx2_pool.model.mp4 import VideoInfo
+from ltx2_pool.tools import stack
+from ltx2_pool.tools.stack import Stack
+from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
+from tests.paths import REPOSITORY
 
 WORK = REPOSITORY / ".work"
-MENU = REPOSITORY / "tiny.yaml"
+MENU = stack.TINY_MENU
 A, B, C = Menu.load(MENU).shapes
 
 
@@ -85,7 +87,7 @@ def pool(model: Path, baked: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A worker in pool mode with K=2, shared by all tests: they may kill what is in it, and must not stop it."""
     with stacks(model, baked, tmp_path_factory) as make:
         yield make(
-            program=Path(__file__).with_name("lenient_worker.py"),
+            program=(sys.executable, str(Path(__file__).with_name("lenient_worker.py"))),
             LTX2_POOL_MODE="1",
             LTX2_POOL_MAX_SIZE="2",
             LTX2_MEDIA_OUTPUT_FS_URL=f"file://{tmp_path_factory.mktemp('media')}",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import worker
-from ltx2_pool import requests
+from ltx2_pool.programs import worker
+from ltx2_pool.words import requests
 
 strict_parse = requests.parse
 

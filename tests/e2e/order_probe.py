@@ -7,15 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-from ltx2_pool.recipe import Recipe
-from ltx2_pool.requests import Job
-from ltx2_pool.shapes import CacheDirs, Shape
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import CacheDirs, Shape
 
 model, root, *keys = sys.argv[1:]
 recipe, cache = Recipe(model_path=model), CacheDirs(Path(root))
 os.environ.update(recipe.environment(cache))
 
-from ltx2_pool import engine  # noqa: E402
+from ltx2_pool.model import engine  # noqa: E402
 
 generator = engine.build_generator(recipe)
 for key in keys:

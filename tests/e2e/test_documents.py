@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ltx2_pool import mp4, stack
-from ltx2_pool.stack import REPOSITORY
+from ltx2_pool.model import mp4
+from ltx2_pool.tools import stack
 from tests.documents import Command, commands
+from tests.paths import REPOSITORY
 
 from .conftest import MENU, A
 

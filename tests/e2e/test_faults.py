@@ -16,15 +16,15 @@ import psutil
 import pytest
 import uvloop
 
-from ltx2_pool.bench import fuzz
-from ltx2_pool.breaker import Breaker
-from ltx2_pool.capacity import FixedCapacity
-from ltx2_pool.host import ProcessHost
-from ltx2_pool.pool import SubprocessPool, Unavailable
-from ltx2_pool.process import JobFailed, ProcessLost
-from ltx2_pool.recipe import Recipe
-from ltx2_pool.shapes import CacheDirs, Menu
-from ltx2_pool.stack import REPOSITORY
+from ltx2_pool.processes.host import ProcessHost
+from ltx2_pool.processes.process import JobFailed, ProcessLost
+from ltx2_pool.serving.breaker import Breaker
+from ltx2_pool.serving.capacity import FixedCapacity
+from ltx2_pool.serving.pool import SubprocessPool, Unavailable
+from ltx2_pool.tools.bench import fuzz
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.shapes import CacheDirs, Menu
+from tests.paths import REPOSITORY
 
 from .conftest import MENU, A, B, alive, ask, check, family, pids
 from .test_hot_pool import QUICK, job

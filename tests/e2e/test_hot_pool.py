@@ -20,14 +20,15 @@ import psutil
 import pytest
 import uvloop
 
-from ltx2_pool import manifest, requests
-from ltx2_pool.host import ProcessHost
-from ltx2_pool.process import ShapeProcess, Timeouts
-from ltx2_pool.protocol import Compiled
-from ltx2_pool.recipe import Recipe
-from ltx2_pool.requests import Job
-from ltx2_pool.shapes import CacheDirs, Menu, Shape
-from ltx2_pool.stack import Stack
+from ltx2_pool.caches import manifest
+from ltx2_pool.processes.host import ProcessHost
+from ltx2_pool.processes.process import ShapeProcess, Timeouts
+from ltx2_pool.tools.stack import Stack
+from ltx2_pool.words import requests
+from ltx2_pool.words.protocol import Compiled
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
 
 from .conftest import MENU, A, B, C, ask, check, family, pids
 
@@ -209,7 +210,7 @@ def test_kernels_that_ask_the_driver_at_import_are_left_alone(tmp_path):
     (package / "__init__.py").write_text('raise RuntimeError("0 active drivers ([]). There should only be one.")\n')
     for backend, works in (("TORCH_SDPA", True), ("VIDEO_SPARSE_ATTN", False)):
         done = subprocess.run(
-            [sys.executable, "-c", "import ltx2_pool.engine"],
+            [sys.executable, "-c", "import ltx2_pool.model.engine"],
             env={**os.environ, "PYTHONPATH": str(tmp_path), "FASTVIDEO_ATTENTION_BACKEND": backend},
             capture_output=True,
             text=True,

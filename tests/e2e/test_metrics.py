@@ -10,8 +10,8 @@ import sys
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from ltx2_pool.metrics import Metrics
-from ltx2_pool.stack import REPOSITORY
+from ltx2_pool.serving.metrics import Metrics
+from tests.paths import REPOSITORY
 
 from .conftest import A, B, C, ask, pids
 

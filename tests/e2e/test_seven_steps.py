@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
-from ltx2_pool.requests import MAX_SEED
+from ltx2_pool.words.requests import MAX_SEED
 
 from .conftest import A, B, C, ask, check, merge, pids
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ltx2_pool import bake
-from ltx2_pool.stack import REPOSITORY
+from ltx2_pool.caches import bake
+from ltx2_pool.tools import stack
+from tests.paths import REPOSITORY
 
 from .conftest import A, B, C, ask, merge
 
@@ -24,7 +25,7 @@ UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] i
 
 def warmup(model: Path, cache_root: Path, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
     command = [
-        *UNPRIVILEGED, sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(REPOSITORY / "tiny.yaml"),
+        *UNPRIVILEGED, sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(stack.TINY_MENU),
         "--model", str(model), "--cache-root", str(cache_root), *arguments,
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=500, **options)
@@ -92,7 +93,7 @@ def test_verify_fails_when_the_cache_lacks_an_entry_that_the_manifest_does_not_k
 def test_strict_policy_refuses_a_cache_baked_otherwise_and_says_how_to_mend_it(model, damaged):
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "worker.py")],
-        env={**os.environ, "LTX2_MODEL": str(model), "LTX2_SHAPES": str(REPOSITORY / "tiny.yaml"),
+        env={**os.environ, "LTX2_MODEL": str(model), "LTX2_SHAPES": str(stack.TINY_MENU),
              "LTX2_CACHE_ROOT": str(damaged), "LTX2_POOL_MODE": "1", "LTX2_CACHE_POLICY": "strict",
              "LTX2_ATTENTION_BACKEND": "FLASH_ATTN"},
         capture_output=True, text=True, timeout=60,
@@ -113,7 +114,7 @@ def test_a_baked_worker_serves_strictly_and_compiles_nothing(model, baked, make_
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_bake_leaves_nothing_that_looks_finished(model, tmp_path, number):
     process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(REPOSITORY / "tiny.yaml"),
+        [sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(stack.TINY_MENU),
          "--model", str(model), "--cache-root", str(tmp_path)],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -161,7 +162,7 @@ def test_the_order_of_shapes_does_not_change_the_keys(model, baked, tmp_path):
 def test_the_plan_says_what_would_be_started(model, baked):
     plan = subprocess.run(
         [sys.executable, str(REPOSITORY / "worker.py"), "--plan", "--model", str(model),
-         "--shapes", str(REPOSITORY / "tiny.yaml"), "--cache-root", str(baked)],
+         "--shapes", str(stack.TINY_MENU), "--cache-root", str(baked)],
         env={**os.environ, "LTX2_POOL_MODE": "1", "LTX2_POOL_PREWARM": f"{B.key},{A.key}", "COLUMNS": "140"},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip

@@ -41,7 +41,7 @@ def main() -> int:
             size = ["--size", arguments.size]
             if arguments.size == "large":
                 size += ["--layers", str(arguments.layers), "--gemma-layers", str(arguments.gemma_layers)]
-            seconds["write checkpoint"] = _timed([sys.executable, "-m", "ltx2_pool.tiny", str(model), *size])
+            seconds["write checkpoint"] = _timed([sys.executable, "-m", "ltx2_pool.tools.tiny", str(model), *size])
         menu = work / "menu.yaml"
         menu.write_text("model: ltx2-random\nsteps: 5\nshapes:\n" + "".join(f"  - {key}\n" for key in arguments.shapes))
         runs = {}

@@ -20,15 +20,16 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ltx2_pool import manifest, requests
-from ltx2_pool.capacity import MemoryCapacity
-from ltx2_pool.host import ProcessHost
-from ltx2_pool.pool import SubprocessPool
-from ltx2_pool.process import State, Timeouts
-from ltx2_pool.protocol import Ready
-from ltx2_pool.recipe import Recipe
-from ltx2_pool.requests import Job
-from ltx2_pool.shapes import CacheDirs, Menu, Shape
+from ltx2_pool.caches import manifest
+from ltx2_pool.processes.host import ProcessHost
+from ltx2_pool.processes.process import State, Timeouts
+from ltx2_pool.serving.capacity import MemoryCapacity
+from ltx2_pool.serving.pool import SubprocessPool
+from ltx2_pool.words import requests
+from ltx2_pool.words.protocol import Ready
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
 from tests.gpu.bake_and_verify import ROOT, machine
 
 PROMPT = "a paper lantern drifts over still water at dusk"
@@ -216,7 +217,7 @@ def main() -> int:
         if model is None:
             model = Path(scratch) / "checkpoint"
             size = ["--size", "large", "--layers", str(arguments.layers), "--gemma-layers", str(arguments.gemma_layers)]
-            subprocess.run([sys.executable, "-m", "ltx2_pool.tiny", str(model), *size], check=True)
+            subprocess.run([sys.executable, "-m", "ltx2_pool.tools.tiny", str(model), *size], check=True)
         run = Run(model, Menu.load(arguments.shapes), Path(scratch), arguments.out, arguments.jobs)
         run.report["layers"] = arguments.layers
         run.report["device"] = manifest.device()

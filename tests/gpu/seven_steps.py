@@ -28,10 +28,11 @@ from typing import Any
 import httpx
 import psutil
 
-from ltx2_pool import contactsheet, mp4
-from ltx2_pool.requests import MAX_SEED
-from ltx2_pool.shapes import Menu, Shape
-from ltx2_pool.stack import Stack, StackError
+from ltx2_pool.model import mp4
+from ltx2_pool.tools import contactsheet
+from ltx2_pool.tools.stack import Stack, StackError
+from ltx2_pool.words.requests import MAX_SEED
+from ltx2_pool.words.shapes import Menu, Shape
 from tests.e2e.conftest import ask, pids
 from tests.gpu.bake_and_verify import ROOT, machine
 

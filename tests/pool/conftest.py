@@ -15,13 +15,13 @@ import psutil
 import pytest
 import uvloop
 
-from ltx2_pool.capacity import FixedCapacity
-from ltx2_pool.host import ProcessHost
-from ltx2_pool.pool import SubprocessPool
-from ltx2_pool.process import ExecSpawner, Timeouts
-from ltx2_pool.recipe import Recipe
-from ltx2_pool.requests import Job
-from ltx2_pool.shapes import Shape
+from ltx2_pool.processes.host import ProcessHost
+from ltx2_pool.processes.process import ExecSpawner, Timeouts
+from ltx2_pool.serving.capacity import FixedCapacity
+from ltx2_pool.serving.pool import SubprocessPool
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import Shape
 
 FAKE_CHILD = Path(__file__).with_name("fake_child.py")
 A, B, C = Shape(64, 64, 9), Shape(96, 64, 17), Shape(64, 96, 9)

@@ -14,8 +14,8 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from ltx2_pool import protocol
-from ltx2_pool.protocol import (
+from ltx2_pool.words import protocol
+from ltx2_pool.words.protocol import (
     Assign,
     Broken,
     Cancel,

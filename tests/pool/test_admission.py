@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import pytest
 
-from ltx2_pool.breaker import Breaker
-from ltx2_pool.metrics import Metrics
-from ltx2_pool.pool import JobTimeout, Limits, Poisonous, PoolClosed, QueueFull, Unavailable
-from ltx2_pool.process import ProcessLost, Timeouts
-from ltx2_pool.protocol import Phase
-from ltx2_pool.stack import REPOSITORY
+from ltx2_pool.processes.process import ProcessLost, Timeouts
+from ltx2_pool.serving.breaker import Breaker
+from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.serving.pool import JobTimeout, Limits, Poisonous, PoolClosed, QueueFull, Unavailable
+from ltx2_pool.words.protocol import Phase
+from tests.paths import REPOSITORY
 
 from .conftest import A, B, C, job, pids, states, until
 

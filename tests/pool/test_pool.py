@@ -13,8 +13,8 @@ import sys
 import psutil
 import pytest
 
-from ltx2_pool.pool import PoolClosed, Video
-from ltx2_pool.process import JobFailed, ProcessLost, Timeouts
+from ltx2_pool.processes.process import JobFailed, ProcessLost, Timeouts
+from ltx2_pool.serving.pool import PoolClosed, Video
 
 from .conftest import FAKE_CHILD, QUICK, A, B, C, job, pids, states, until
 
@@ -416,12 +416,12 @@ def test_the_children_die_with_a_parent_that_is_killed(tmp_path):
 import asyncio, os, signal, sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from ltx2_pool.pool import SubprocessPool
-from ltx2_pool.host import ProcessHost
-from ltx2_pool.process import ExecSpawner
-from ltx2_pool.recipe import Recipe
-from ltx2_pool.requests import Job
-from ltx2_pool.shapes import Shape
+from ltx2_pool.serving.pool import SubprocessPool
+from ltx2_pool.processes.host import ProcessHost
+from ltx2_pool.processes.process import ExecSpawner
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import Shape
 async def main():
     host = ProcessHost(Recipe(model_path="none"), weights="private",
                        spawner=ExecSpawner([sys.executable, {str(FAKE_CHILD)!r}]))

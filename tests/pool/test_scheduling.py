@@ -9,12 +9,12 @@ from typing import ClassVar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltx2_pool.capacity import FixedCapacity
-from ltx2_pool.pool import Limits, SubprocessPool
-from ltx2_pool.process import State
-from ltx2_pool.protocol import Compiled, Done, Memory, Phase, Ready
-from ltx2_pool.requests import Job
-from ltx2_pool.shapes import Shape
+from ltx2_pool.processes.process import State
+from ltx2_pool.serving.capacity import FixedCapacity
+from ltx2_pool.serving.pool import Limits, SubprocessPool
+from ltx2_pool.words.protocol import Compiled, Done, Memory, Phase, Ready
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import Shape
 
 SHAPES = [Shape(32 * n, 32, 9) for n in range(1, 6)]
 MEMORY = Memory(resident=1, peak=1)

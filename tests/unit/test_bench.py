@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 
-from ltx2_pool.bench import advice, image, load
-from ltx2_pool.metrics import Metrics
-from ltx2_pool.shapes import Menu
-from ltx2_pool.stack import REPOSITORY
+from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.tools import stack
+from ltx2_pool.tools.bench import advice, image, load
+from ltx2_pool.words.shapes import Menu
 
-MENU = Menu.load(REPOSITORY / "tiny.yaml")
+MENU = Menu.load(stack.TINY_MENU)
 A, B, C = MENU.shapes
 
 

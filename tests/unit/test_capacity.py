@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx2_pool.breaker import Breaker
-from ltx2_pool.capacity import FixedCapacity, MemoryCapacity, main_memory
-from ltx2_pool.protocol import Lending, Memory
-from ltx2_pool.shapes import Shape
-from ltx2_pool.traffic import HALF_LIFE, Traffic
+from ltx2_pool.serving.breaker import Breaker
+from ltx2_pool.serving.capacity import FixedCapacity, MemoryCapacity, main_memory
+from ltx2_pool.serving.traffic import HALF_LIFE, Traffic
+from ltx2_pool.words.protocol import Lending, Memory
+from ltx2_pool.words.shapes import Shape
 
 A, B, C = Shape(64, 64, 9), Shape(96, 64, 17), Shape(64, 96, 9)
 GB = 10**9

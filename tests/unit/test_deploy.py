@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ltx2_pool.metrics import Metrics
-from ltx2_pool.settings import Settings
-from ltx2_pool.stack import REPOSITORY
+from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.words.settings import Settings
+from tests.paths import REPOSITORY
 
 DEPLOY = REPOSITORY / "deploy"
 RULES = yaml.safe_load((DEPLOY / "prometheus-rules.yaml").read_text())["groups"][0]["rules"]

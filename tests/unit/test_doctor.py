@@ -7,13 +7,15 @@ import socket
 import subprocess
 import sys
 
-from ltx2_pool import doctor, settings
-from ltx2_pool.stack import REPOSITORY, free_port
+from ltx2_pool.tools import doctor, stack
+from ltx2_pool.tools.stack import free_port
+from ltx2_pool.words import settings
+from tests.paths import REPOSITORY
 
 
 def examine(tmp_path, **environment):
     environment = {"LTX2_MODEL": str(tmp_path), "LTX2_CACHE_ROOT": str(tmp_path / "cache"),
-                   "LTX2_SHAPES": str(REPOSITORY / "tiny.yaml"), "DYN_DISCOVERY_BACKEND": "file",
+                   "LTX2_SHAPES": str(stack.TINY_MENU), "DYN_DISCOVERY_BACKEND": "file",
                    "DYN_FILE_KV": str(tmp_path), **environment}  # fmt: skip
     arguments = settings.argument_parser("worker.py", "").parse_args([])
     return {f.what: f for f in doctor.examine(settings.load(arguments, environment), environment)}

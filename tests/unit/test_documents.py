@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from ltx2_pool.settings import Settings
-from ltx2_pool.stack import REPOSITORY
+from ltx2_pool.words.settings import Settings
 from tests.documents import DOCUMENTS, MARKS, commands
+from tests.paths import REPOSITORY
 
 WORKPLACE_SETTINGS = {"LTX2_WARM_PAGE_CACHE", "LTX2_IMAGE", "LTX2_MODEL_DIR"}
 """Read by the entrypoint and by the compose file, not by the worker."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from ltx2_pool.settings import Settings
-from ltx2_pool.stack import REPOSITORY
+from ltx2_pool.words.settings import Settings
 from tests.image_build import Stage, parse
+from tests.paths import REPOSITORY
 
 DOCKERFILE = REPOSITORY / "Dockerfile"
 STAGES = parse(DOCKERFILE.read_text())

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ltx2_pool import bake, manifest
-from ltx2_pool.manifest import Binding, Manifest
-from ltx2_pool.protocol import Memory
-from ltx2_pool.recipe import Recipe
-from ltx2_pool.shapes import CacheDirs, Shape
+from ltx2_pool.caches import bake, manifest
+from ltx2_pool.caches.manifest import Binding, Manifest
+from ltx2_pool.words.protocol import Memory
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.shapes import CacheDirs, Shape
 
 SHAPE = Shape(64, 64, 9)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ltx2_pool import contactsheet, mp4
-from ltx2_pool.mp4 import Clip
+from ltx2_pool.model import mp4
+from ltx2_pool.model.mp4 import Clip
+from ltx2_pool.tools import contactsheet
 
 RANDOM = np.random.default_rng(0)
 FRAMES = RANDOM.integers(0, 255, (9, 64, 96, 3), dtype=np.uint8)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx2_pool import protocol
-from ltx2_pool.protocol import (
+from ltx2_pool.words import protocol
+from ltx2_pool.words.protocol import (
     Assign,
     Cancel,
     Checked,
@@ -25,9 +25,9 @@ from ltx2_pool.protocol import (
     Ready,
     Shutdown,
 )
-from ltx2_pool.recipe import Recipe
-from ltx2_pool.requests import Job
-from ltx2_pool.shapes import Shape
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import Shape
 
 SHAPE = Shape(768, 512, 121)
 MEMORY = Memory(resident=1, peak=2)

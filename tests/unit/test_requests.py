@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx2_pool.requests import Limits, RequestError, parse
-from ltx2_pool.shapes import Menu, Shape
+from ltx2_pool.words.requests import Limits, RequestError, parse
+from ltx2_pool.words.shapes import Menu, Shape
 
 MENU = Menu(
     "ltx2",

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ltx2_pool import settings
-from ltx2_pool.settings import Settings, SettingsError
-from ltx2_pool.shapes import Menu, Shape
-from ltx2_pool.traffic import Traffic
-from ltx2_pool.zygote import why_not_to_fork
+from ltx2_pool.processes.zygote import why_not_to_fork
+from ltx2_pool.serving.traffic import Traffic
+from ltx2_pool.tools import stack
+from ltx2_pool.words import settings
+from ltx2_pool.words.settings import Settings, SettingsError
+from ltx2_pool.words.shapes import Menu, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +104,7 @@ def test_k_follows_the_memory_with_shared_weights_and_is_two_with_private_ones()
 
 
 def test_what_is_started_ahead():
-    menu = Menu.load(ROOT / "tiny.yaml")
+    menu = Menu.load(stack.TINY_MENU)
     a, b, c = menu.shapes
     traffic = Traffic(None)
     traffic.count(c)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx2_pool.shapes import CacheDirs, Menu, MenuError, Shape
+from ltx2_pool.tools import stack
+from ltx2_pool.words.shapes import CacheDirs, Menu, MenuError, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +33,7 @@ def test_the_shipped_menu_has_the_ten_ltx2_shapes():
 
 
 def test_the_tiny_menu_loads():
-    assert len(Menu.load(ROOT / "tiny.yaml").shapes) == 3
+    assert len(Menu.load(stack.TINY_MENU).shapes) == 3
 
 
 def test_the_menu_hash_does_not_depend_on_the_order(tmp_path):
@@ -107,5 +108,5 @@ def test_cache_directories_follow_the_contract(tmp_path):
 
 
 def test_the_parent_never_imports_torch_or_fastvideo():
-    code = "import ltx2_pool.pool, ltx2_pool.endpoint, sys; assert not {'torch', 'fastvideo'} & set(sys.modules)"
+    code = "import ltx2_pool.serving.pool, ltx2_pool.serving.endpoint, sys; assert not {'torch', 'fastvideo'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

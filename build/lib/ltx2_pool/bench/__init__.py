@@ -1,1 +1,0 @@
-"""What ``benchmark.py`` runs: one module for each of its subcommands."""

@@ -1,0 +1,1 @@
+"""Compile caches: what a bake is bound to, baking and proving."""

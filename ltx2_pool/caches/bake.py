@@ -1,0 +1,270 @@
+"""Baking a shape's compile cache, and proving that a bake is good.
+
+Both use the pool's own shape process: same spawn, same recipe, same path to the first video. A bake happens in a
+temporary directory beside the final one and is renamed when its manifest is written, so that what looks finished is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ltx2_pool.caches import manifest as manifests
+from ltx2_pool.caches.manifest import Manifest
+from ltx2_pool.processes.host import ProcessHost
+from ltx2_pool.processes.process import JobFailed, ProcessLost
+from ltx2_pool.words.protocol import Compiled, Done, Memory
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
+
+PROMPT = "a paper lantern drifts over still water at dusk, its light doubled in the surface"
+"""What every bake and every verification makes a video of."""
+
+OnState = Callable[[str], None]
+"""Told what is happening to a shape: starting, cold video, hot video, first video, ..."""
+
+
+class BakeError(Exception):
+    """A shape could not be baked, or its bake is not good. The message has the reason."""
+
+
+@dataclass
+class Report:
+    """What was measured for one shape, by a bake or by a verification."""
+
+    shape: str
+    ok: bool = False
+    problems: list[str] = field(default_factory=list)
+    ready_s: float = 0.0
+    """Seconds from the spawn to READY."""
+    first_s: float = 0.0
+    """Seconds of the first video: cold in a bake, baked in a verification."""
+    hot_s: float = 0.0
+    """Seconds of the faster of two hot videos."""
+    compiled: dict[str, int] = field(default_factory=dict)
+    """Cache look-ups of the first video (protocol.Compiled)."""
+    files: int = 0
+    bytes: int = 0
+    """Size of the cache."""
+    new_files: list[str] = field(default_factory=list)
+    video_sha256: str = ""
+    same_video: bool | None = None
+    """Whether the videos are the same, byte for byte: the bake's two, or the verification's and the bake's."""
+
+    memory: Memory | None = None
+    """What the process needed for itself."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "memory": self.memory.model_dump() if self.memory is not None else None}
+
+
+@contextlib.contextmanager
+def lock(cache_root: Path) -> Iterator[None]:
+    """Hold the cache root for one warm-up. Raises BakeError when another one has it."""
+    cache_root.mkdir(parents=True, exist_ok=True)
+    with (cache_root / ".warmup.lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise BakeError(
+                f"another warm-up (pid {holder}) works on {cache_root}: wait for it, or give another --cache-root"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+class Baker:
+    """Bakes and verifies the shapes of one menu for one recipe below one cache root."""
+
+    def __init__(self, menu: Menu, recipe: Recipe, cache_root: Path, host: ProcessHost) -> None:
+        self._menu = menu
+        self._recipe = recipe
+        self._cache_root = cache_root
+        self._host = host
+
+    @contextlib.asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """While this is entered, shapes can be baked and verified. Clears what an interrupted bake left."""
+        await self._host.start()
+        try:
+            for leftover in (self._cache_root / "per-shape").glob(".*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+        finally:
+            await self._host.close()
+
+    def state(self, shape: Shape) -> list[manifests.Mismatch]:
+        """How the shape's cache differs from what a bake would be bound to now; empty when it is baked."""
+        return manifests.inspect(CacheDirs.of(self._cache_root, shape), manifests.binding(self._recipe, shape))
+
+    async def bake(self, shape: Shape, on_state: OnState) -> Report:
+        """Bake one shape, replacing what is there. Never raises for the shape's own failure: see `Report.problems`."""
+        final = CacheDirs.of(self._cache_root, shape)
+        partial = CacheDirs(final.root.with_name(f".{shape.key}.baking-{os.getpid()}"))
+        report = Report(shape.key)
+        try:
+            for directory in (partial.torchinductor, partial.triton):
+                directory.mkdir(parents=True)
+            job = self._job(shape)
+            async with self._process(shape, partial, report, on_state) as make:
+                on_state("cold video")
+                report.first_s, first, done = await make(job)
+                report.compiled = done.compiled.model_dump()
+                on_state("hot video")
+                report.hot_s, second, done = await make(job)
+                report.hot_s = min(report.hot_s, (await make(job))[0])
+                if done.compiled != Compiled():
+                    report.problems.append("the second video compiled again: the shape does not get hot")
+                report.memory = done.memory
+                report.video_sha256 = first
+                report.same_video = first == second
+                if not report.same_video:
+                    report.problems.append("two videos of one process differ: the recipe is not deterministic")
+            files = manifests.list_files(partial)
+            report.files, report.bytes = len(files), sum(file.size for file in files.values())
+            if self._recipe.compile and not files:
+                report.problems.append("nothing was cached: is the disk full?")
+            if report.problems:
+                return report
+            manifests.relocate(partial, partial.root, final.root)
+            manifests.write(
+                partial,
+                Manifest(
+                    binding=manifests.binding(self._recipe, shape),
+                    baked_at=manifests.now(),
+                    ready_s=report.ready_s,
+                    cold_s=report.first_s,
+                    hot_s=report.hot_s,
+                    job={name: getattr(job, name) for name in ("prompt", "seed", "steps", "guidance", "fps")},
+                    video_sha256=report.video_sha256,
+                    memory=done.memory,
+                    files=files,
+                ),
+            )
+            _replace(partial.root, final.root)
+            report.ok = True
+        except (OSError, BakeError, JobFailed, ProcessLost) as error:
+            report.problems.append(str(error))
+        finally:
+            shutil.rmtree(partial.root, ignore_errors=True)
+        return report
+
+    async def verify(self, shape: Shape, on_state: OnState) -> Report:
+        """Prove that a fresh process on the baked cache compiles nothing and makes the bake's video again."""
+        baked = CacheDirs.of(self._cache_root, shape)
+        report = Report(shape.key)
+        report.problems += [str(mismatch) for mismatch in self.state(shape)]
+        if report.problems:
+            return report
+        manifest = manifests.read(baked)
+        assert manifest is not None
+        report.files, report.bytes = len(manifest.files), sum(file.size for file in manifest.files.values())
+        with tempfile.TemporaryDirectory(prefix="ltx2-verify-") as scratch:
+            copy = CacheDirs(Path(scratch) / shape.key)
+            shutil.copytree(baked.root, copy.root)
+            manifests.relocate(copy, baked.root, copy.root)
+            _set_writable(copy.root, False)
+            try:
+                await self._verify_copy(shape, copy, manifest, report, on_state)
+            except (OSError, JobFailed, ProcessLost) as error:
+                report.problems.append(str(error))
+            finally:
+                _set_writable(copy.root, True)
+        report.ok = not report.problems
+        return report
+
+    async def _verify_copy(
+        self, shape: Shape, copy: CacheDirs, manifest: Manifest, report: Report, on_state: OnState
+    ) -> None:
+        job = self._job(shape, **manifest.job)
+        async with self._process(shape, copy, report, on_state) as make:
+            on_state("first video")
+            report.first_s, report.video_sha256, done = await make(job)
+            on_state("hot video")
+            report.hot_s = min([(await make(job))[0] for _ in range(2)])
+        report.compiled, report.memory = done.compiled.model_dump(), done.memory
+        for name, count in report.compiled.items():
+            if count and not name.endswith("hits"):
+                report.problems.append(f"{count} {name.replace('_', ' ')} in the compile cache")
+        if self._recipe.compile and not done.compiled.graph_hits + done.compiled.autograd_hits:
+            report.problems.append("the compile cache was not used at all")
+        found = manifests.list_files(copy)
+        report.new_files = sorted(found.keys() - manifest.files.keys())
+        if report.new_files:
+            report.problems.append(f"{len(report.new_files)} new files, the first is {report.new_files[0]}")
+        report.problems += [str(mismatch) for mismatch in manifests.compare_files(manifest.files, found)]
+        report.same_video = report.video_sha256 == manifest.video_sha256
+        if not report.same_video:
+            report.problems.append(
+                f"another video: baked sha256 {manifest.video_sha256[:12]}, made {report.video_sha256[:12]}"
+            )
+
+    def _job(self, shape: Shape, **parameters: Any) -> Job:
+        defaults = {
+            "prompt": PROMPT,
+            "seed": self._menu.seed,
+            "steps": self._menu.steps,
+            "guidance": self._menu.guidance,
+            "fps": self._menu.fps,
+        }
+        return Job(id="", shape=shape, **{**defaults, **parameters})
+
+    @contextlib.asynccontextmanager
+    async def _process(
+        self, shape: Shape, cache: CacheDirs, report: Report, on_state: OnState
+    ) -> AsyncIterator[Callable[[Job], Any]]:
+        """A fresh shape process on that cache; yields a function that makes a video and returns what it took."""
+        process = self._host.process(shape)
+        with tempfile.TemporaryDirectory(prefix="ltx2-warmup-") as output_dir:
+
+            async def make(template: Job) -> tuple[float, str, Done]:
+                job = Job(**{**vars(template), "id": uuid.uuid4().hex})
+                began = time.monotonic()
+                process.reserve()
+                done = await process.generate(job, lambda _event: None)
+                seconds = time.monotonic() - began
+                path = Path(output_dir) / f"{job.id}.mp4"
+                return seconds, hashlib.sha256(path.read_bytes()).hexdigest(), done
+
+            try:
+                on_state("loading")
+                await self._host.prepare()
+                on_state("starting")
+                began = time.monotonic()
+                await self._host.start_process(process, cache, output_dir)
+                report.ready_s = time.monotonic() - began
+                yield make
+            finally:
+                process.kill()
+                await process.exited()
+
+
+def _replace(new: Path, final: Path) -> None:
+    """Put a directory in another's place; at no time does a half one have the final name."""
+    old = final.with_name(f".{final.name}.old-{os.getpid()}")
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_writable(root: Path, writable: bool) -> None:
+    """Of all but inductor's lock files, which it needs on a cache that hits, too (filelock, as any user but root)."""
+    for path in (root, *(path for path in root.rglob("*") if "locks" not in path.parts)):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o200 if writable else mode & ~0o222)

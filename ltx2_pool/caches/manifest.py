@@ -1,0 +1,263 @@
+"""The manifest: what a baked cache directory is bound to, and whether it may be trusted.
+
+Nothing here imports torch: the worker checks every shape's cache at its start, and warm-up writes what it checks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ltx2_pool import __version__
+from ltx2_pool.words.protocol import Memory
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.shapes import CacheDirs, Shape
+
+MANIFEST_FORMAT = 2
+WARM_UP_COMMAND = "python warmup.py --only {key} --force"
+
+
+class Binding(BaseModel):
+    """Everything that the compile keys of a shape depend on. Equal bindings mean that a baked cache hits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: str
+    torch: str
+    triton: str
+    fastvideo: str
+    transformers: str
+    ltx2_pool: str
+    device: str
+    """The GPU's name, or ``cpu``."""
+    capability: str
+    """CUDA compute capability, or the CPU's architecture."""
+    compile: bool
+    compile_mode: str
+    compile_fullgraph: bool
+    attention_backend: str
+    deterministic: bool
+    quantization: str | None
+    model_config_digest: str
+    """SHA-256 over the checkpoint's configuration files; the weights are not part of any key."""
+
+
+class File(BaseModel):
+    """One file of a baked directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """``manifest.json``, written last: a directory without one was not baked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = MANIFEST_FORMAT
+    binding: Binding
+    baked_at: str
+    """UTC, ISO 8601."""
+    ready_s: float
+    cold_s: float
+    hot_s: float
+    job: dict[str, Any]
+    """The parameters of the video that was baked with: prompt, seed, steps, guidance, fps."""
+    video_sha256: str
+    memory: Memory
+    """What a process of this shape needs for itself."""
+    files: dict[str, File]
+    """By path relative to the directory."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One way in which a cache directory is not what this worker would bake."""
+
+    field: str
+    baked: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: baked {self.baked}, found {self.found}"
+
+
+def describe(key: str, mismatches: list[Mismatch]) -> str:
+    """What differs for one shape, and what to do, in one line."""
+    shown = "; ".join(str(mismatch) for mismatch in mismatches[:3])
+    more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
+    return f"{key}: {shown}{more}. Mend it with: {WARM_UP_COMMAND.format(key=key)}"
+
+
+def binding(recipe: Recipe, shape: Shape) -> Binding:
+    """What a cache for this shape would be bound to if it was baked now, here. Raises OSError without a checkpoint."""
+    name, capability = device()
+    return Binding(
+        shape=shape.key,
+        **{name: _version(name) for name in ("torch", "triton", "fastvideo", "transformers")},
+        ltx2_pool=__version__,
+        device=name,
+        capability=capability,
+        **recipe.model_dump(exclude={"model_path"}),
+        model_config_digest=_config_digest(recipe.model_path),
+    )
+
+
+def read(cache: CacheDirs) -> Manifest | None:
+    """The manifest of a directory, None when there is none. Raises ValueError when it can not be read."""
+    try:
+        text = cache.manifest.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{cache.manifest}: {error}") from error
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(f"{cache.manifest}: {where}: {first['msg']}") from error
+
+
+def inspect(cache: CacheDirs, expected: Binding) -> list[Mismatch]:
+    """How a directory differs from what `expected` says; empty when it is baked and whole."""
+    try:
+        manifest = read(cache)
+    except ValueError as error:
+        return [Mismatch("manifest.json", "a manifest", str(error))]
+    if manifest is None:
+        return [Mismatch("manifest.json", "nothing", f"no bake in {cache.root}")]
+    if manifest.format != MANIFEST_FORMAT:
+        return [Mismatch("format", str(manifest.format), str(MANIFEST_FORMAT))]
+    baked, found = manifest.binding.model_dump(), expected.model_dump()
+    mismatches = [Mismatch(name, str(baked[name]), str(found[name])) for name in baked if baked[name] != found[name]]
+    return mismatches or compare_files(manifest.files, list_files(cache))
+
+
+def check(cache_root: Path, recipe: Recipe, shapes: Iterable[Shape]) -> dict[str, list[Mismatch]]:
+    """The shapes whose caches will not hit, by shape key, with how they differ. Reads every cache file."""
+    inspected = {s.key: inspect(CacheDirs.of(cache_root, s), binding(recipe, s)) for s in shapes}
+    return {key: mismatches for key, mismatches in inspected.items() if mismatches}
+
+
+def compare_files(baked: Mapping[str, File], found: Mapping[str, File]) -> list[Mismatch]:
+    """Files that are missing or changed. New ones are not: a worker that compiled something leaves them."""
+    mismatches = []
+    for name, file in baked.items():
+        now = found.get(name)
+        if now is None:
+            mismatches.append(Mismatch(name, f"{file.size} bytes", "missing"))
+        elif now != file:
+            mismatches.append(Mismatch(name, f"sha256 {file.sha256[:12]}", f"sha256 {now.sha256[:12]}"))
+    return mismatches
+
+
+def list_files(cache: CacheDirs) -> dict[str, File]:
+    """Every file below the cache directories, with size and SHA-256, the same wherever the directory is.
+
+    Lock files are left out: they come and go.
+    """
+    files = {}
+    for directory in (cache.torchinductor, cache.triton):
+        for path in sorted(directory.rglob("*")):
+            if path.is_file() and "locks" not in path.parts and path.suffix != ".lock":
+                data = path.read_bytes()
+                if _is_triton_group(path):
+                    data = data.replace(str(cache.root).encode(), b"<root>")
+                name = str(path.relative_to(cache.root))
+                files[name] = File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return files
+
+
+def relocate(cache: CacheDirs, old: Path, new: Path) -> None:
+    """Make the content of a directory that was made at `old` belong at `new`.
+
+    Triton's index of a kernel names its files by absolute path (triton/runtime/cache.py: FileCacheManager.put_group).
+    In a directory that was moved they are not found, and the kernel is compiled again. Nothing else has its path.
+    """
+    for path in cache.triton.rglob("*.json"):
+        if _is_triton_group(path):
+            path.write_bytes(path.read_bytes().replace(str(old).encode(), str(new).encode()))
+
+
+def _is_triton_group(path: Path) -> bool:
+    return path.name.startswith("__grp__")
+
+
+def write(cache: CacheDirs, manifest: Manifest) -> None:
+    """Write the manifest so that it is either absent or whole, also after a power cut. Raises OSError."""
+    partial = cache.manifest.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(manifest.model_dump_json(indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(cache.manifest)
+
+
+def now() -> str:
+    """The time for `Manifest.baked_at`."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def device() -> tuple[str, str]:
+    """Name and compute capability of the first visible GPU; ``cpu`` and the architecture without one."""
+    gpu = _gpu()
+    return (gpu["name"], gpu["compute_cap"]) if gpu else ("cpu", platform.machine())
+
+
+def device_memory() -> int:
+    """Bytes of memory of the first visible GPU; 0 without one."""
+    return int(_gpu().get("memory.total", "0")) << 20
+
+
+def device_uuid() -> str | None:
+    """The first visible GPU's UUID; None without one."""
+    return _gpu().get("uuid")
+
+
+@functools.cache
+def _gpu() -> dict[str, str]:
+    """The first visible GPU, asked of the driver's own tool: no CUDA context in this process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "":
+        return {}
+    fields = ("name", "compute_cap", "memory.total", "uuid")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    if visible:
+        query.append(f"--id={visible.split(',')[0]}")
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        values = [value.strip() for value in answer.splitlines()[0].split(",")]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+@functools.cache
+def _config_digest(model_path: str) -> str:
+    root = Path(model_path)
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.json")):
+        if path.name in ("model_index.json", "config.json"):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What runs in the children; the only wing that imports torch."""

@@ -1,0 +1,453 @@
+"""FastVideo's LTX-2 pipeline in this process: the only module that imports fastvideo and torch.
+
+Everything that touches a compile key goes through here, whoever asks: a shape process, the in-process generator, the
+warm-up. Import it only after :meth:`ltx2_pool.words.recipe.Recipe.environment` has been applied to ``os.environ``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ltx2_pool.words.recipe import WITHOUT_KERNELS
+
+if os.environ.get("FASTVIDEO_ATTENTION_BACKEND", "TORCH_SDPA") in WITHOUT_KERNELS:
+    # FastVideo imports its own kernels for every backend where they are installed (fastvideo/pipelines/stages/
+    # denoising.py), and importing them asks the driver for the GPU (fastvideo_kernel/triton_kernels/st_attn_triton.py:
+    # get_autotune_config). That starts CUDA, so that a zygote could not fork any more, and fails without a GPU.
+    sys.modules["fastvideo_kernel"] = None  # type: ignore[assignment]  # "not installed", as importlib has it
+
+import torch
+import torch._inductor
+from fastvideo.api.compat import generator_config_to_fastvideo_args
+from fastvideo.api.sampling_param import SamplingParam
+from fastvideo.api.schema import (
+    CompileConfig,
+    EngineConfig,
+    GeneratorConfig,
+    OffloadConfig,
+    PipelineSelection,
+    QuantizationConfig,
+)
+from fastvideo.distributed import maybe_init_distributed_environment_and_model_parallel
+from fastvideo.distributed.parallel_state import get_local_torch_device
+from fastvideo.entrypoints.video_generator import VideoGenerator
+from fastvideo.fastvideo_args import FastVideoArgs
+from fastvideo.pipelines import ForwardBatch, build_pipeline
+from fastvideo.pipelines.basic.ltx2.stages import ltx2_denoising
+from fastvideo.pipelines.stages.base import StageVerificationError
+from fastvideo.utils import shallow_asdict
+from fastvideo.worker.executor import Executor
+from torch._inductor.codecache import torch_key
+from torch._inductor.exc import InductorError
+
+from ltx2_pool.model.mp4 import Clip
+from ltx2_pool.words.protocol import Compiled, Memory
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.requests import Job
+
+OnPhase = Callable[[str], None]
+"""Called when a job enters a phase: ``text``, ``denoise``, ``decode``."""
+OnStep = Callable[[int, int], None]
+"""Called before each denoise step with (steps done, steps in all); may raise Cancelled to stop there."""
+
+RECOMPILE_LIMIT = 64
+"""torch's limit of 8 compiled variants per code object is below a menu of ten shapes in one process."""
+
+
+class Cancelled(Exception):
+    """Raised by an OnStep hook to stop a generation between two denoise steps."""
+
+
+class LoadError(Exception):
+    """The checkpoint could not be loaded. The message says what to do."""
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether this process can not be trusted after the error: a CUDA fault or memory that ran out."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
+            return True
+        text = str(seen)
+        if isinstance(seen, RuntimeError) and ("CUDA error" in text or "CUDNN_STATUS" in text or "cuBLAS" in text):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def is_compile_failure(error: BaseException) -> bool:
+    """Whether torch.compile failed: on a good machine that is a compile cache with damaged files."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    return isinstance(error, BackendCompilerFailed | InductorError)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the pipeline refused the request's parameters, before it used them."""
+    return isinstance(error, StageVerificationError)
+
+
+def preload() -> None:
+    """Do what every process would do again: hash torch's sources for the compile caches' keys (half a second)."""
+    torch_key()
+    prepare_platform()
+
+
+def compiled_so_far() -> Compiled:
+    """The compile caches' counters since this process began."""
+    from torch._dynamo.utils import counters
+
+    inductor, autograd = counters["inductor"], counters["aot_autograd"]
+    return Compiled(
+        graph_hits=inductor["fxgraph_cache_hit"],
+        graph_misses=inductor["fxgraph_cache_miss"],
+        autograd_hits=autograd["autograd_cache_hit"],
+        autograd_misses=autograd["autograd_cache_miss"],
+        bypasses=inductor["fxgraph_cache_bypass"] + autograd["autograd_cache_bypass"],
+    )
+
+
+class InProcessExecutor(Executor):  # type: ignore[misc]
+    """Runs the pipeline in the calling process.
+
+    FastVideo's stock ``mp`` executor (worker/multiproc_executor.py: WorkerMultiprocProc.worker_main) starts a second
+    process that sends its parent SIGQUIT on any exception, a refused parameter included. Here it is an exception.
+    """
+
+    modules: dict[str, Any] | None = None
+    """Modules to use instead of loading them; set on a subclass by :func:`build_generator`."""
+
+    def _init_executor(self) -> None:
+        args: FastVideoArgs = self.fastvideo_args
+        # As FastVideo's worker/gpu_worker.py: Worker.init_device does for rank 0 of 1.
+        os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", TORCH_NCCL_AVOID_RECORD_STREAMS="1")
+        device = get_local_torch_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        args.finalize_device_offload_policy(device.index or 0)
+        with tempfile.TemporaryDirectory(prefix="ltx2-rendezvous-") as rendezvous:
+            # A file, not a TCP port: processes that start together can not race for it.
+            maybe_init_distributed_environment_and_model_parallel(1, 1, f"file://{rendezvous}/store")
+        if self.modules is None:
+            self.pipeline = build_pipeline(args)
+        else:
+            from fastvideo.pipelines.basic.ltx2.ltx2_pipeline import LTX2Pipeline
+
+            self.pipeline = LTX2Pipeline(args.model_path, args, loaded_modules=self.modules)
+        self.pipeline.post_init()
+
+    def execute_forward(self, forward_batch: ForwardBatch, fastvideo_args: FastVideoArgs) -> ForwardBatch:
+        return self.pipeline.forward(forward_batch, fastvideo_args)
+
+    def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
+        raise NotImplementedError("one process: call the pipeline")
+
+    def set_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("LoRA adapters change compile keys and are not served")
+
+    unmerge_lora_weights = merge_lora_weights = set_lora_adapter
+
+    def set_log_queue(self, log_queue: Any) -> None:
+        """Nothing to forward: the logs are this process's own."""
+
+    def clear_log_queue(self) -> None:
+        """See :meth:`set_log_queue`."""
+
+    def shutdown(self) -> None:
+        """Nothing to stop: the process owns the pipeline for life."""
+
+
+class Generator:
+    """One loaded LTX-2 pipeline. Not thread-safe: one :meth:`generate` at a time."""
+
+    def __init__(self, video_generator: VideoGenerator) -> None:
+        self._args: FastVideoArgs = video_generator.fastvideo_args
+        self._executor: InProcessExecutor = video_generator.executor
+        self._on_phase: OnPhase = _ignore
+        for name, phase in (
+            ("prompt_encoding_stage", "text"),
+            ("latent_preparation_stage", "denoise"),
+            ("audio_decoding_stage", "decode"),
+        ):
+            self._announce(self._executor.pipeline._stage_name_mapping[name], phase)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the parameters and buffers that this process loaded itself."""
+        return 0 if self._executor.modules is not None else sum(s.nbytes() for s in storages(self.modules))
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """The pipeline's modules by their name in model_index.json."""
+        modules: dict[str, Any] = self._executor.pipeline.modules
+        return modules
+
+    def _announce(self, stage: Any, phase: str) -> None:
+        forward = stage.forward
+
+        def announced(batch: ForwardBatch, args: FastVideoArgs) -> ForwardBatch:
+            _synchronize()
+            self._on_phase(phase)
+            return forward(batch, args)
+
+        stage.forward = announced
+
+    def generate(self, job: Job, on_phase: OnPhase | None = None, on_step: OnStep | None = None) -> Clip:
+        """Make one video. Returns frames and audio in host memory; the device is idle when it returns.
+
+        Raises Cancelled when `on_step` did; anything else is the pipeline's own exception: see :func:`is_fatal`
+        and :func:`is_refusal`.
+        """
+        # SamplingParam's own defaults are the distilled model's (FastVideo api/sampling_param.py). Building it here
+        # instead of through VideoGenerator.generate keeps them whatever the checkpoint's directory is called.
+        sampling = SamplingParam(
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            width=job.shape.width,
+            height=job.shape.height,
+            num_frames=job.shape.num_frames,
+            fps=job.fps,
+            num_inference_steps=job.steps,
+            guidance_scale=job.guidance,
+            seed=job.seed,
+        )
+        batch = ForwardBatch(**shallow_asdict(sampling), eta=0.0, n_tokens=0, VSA_sparsity=self._args.VSA_sparsity)
+        self._on_phase = on_phase or _ignore
+        with _step_hook(on_step):
+            output = self._executor.execute_forward(batch, self._args)
+        video = (output.output[0] * 255).clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+        audio = output.extra.get("audio")
+        if audio is not None:
+            audio = audio.detach().float().cpu().numpy()
+        return Clip(video, job.fps, audio, int(output.extra.get("audio_sample_rate") or 0))
+
+
+def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Generator:
+    """The one generator factory. Loads the checkpoint, or takes `modules` (by model_index.json name) instead.
+
+    Raises LoadError when the checkpoint is absent or is not LTX-2.
+    """
+    _check_checkpoint(Path(recipe.model_path))
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    compile_config = CompileConfig(enabled=recipe.compile)
+    if recipe.compile:
+        preload()
+        compile_config.backend = "inductor"
+        # Not by torch._inductor.config: dynamo's clean-up after each graph (convert_frame.py: preserve_global_state)
+        # calls torch.use_deterministic_algorithms, which sets that attribute back to False for the next graph.
+        options = {**torch._inductor.list_mode_options(recipe.compile_mode), "deterministic": recipe.deterministic}
+        compile_config.extras = {"options": options}
+        compile_config.fullgraph = recipe.compile_fullgraph
+        compile_config.dynamic = False
+    engine = EngineConfig(
+        num_gpus=1,
+        offload=OffloadConfig(
+            dit=False, dit_layerwise=False, text_encoder=False, image_encoder=False, vae=False, pin_cpu_memory=False
+        ),
+        compile=compile_config,
+        quantization=QuantizationConfig(transformer_quant=recipe.quantization) if recipe.quantization else None,
+    )
+    prepare_platform()
+    config = GeneratorConfig(recipe.model_path, engine=engine, pipeline=PipelineSelection(workload_type="t2v"))
+    executor = type("BoundExecutor", (InProcessExecutor,), {"modules": modules})
+    generator = Generator(VideoGenerator(generator_config_to_fastvideo_args(config), executor, log_stats=False))
+    # FastVideo loads Gemma (24 GB) at the first prompt; a process that says READY has it.
+    gemma = generator.modules["text_encoder"].gemma_model
+    if modules is not None:
+        # transformers registers what a class can record of its layers in __init__ only, and a lent model comes without
+        # (transformers/utils/output_capturing.py): its hidden_states would be None.
+        with torch.device("meta"):
+            type(gemma)(gemma.config)
+    for module in _torch_modules(generator.modules):
+        module.requires_grad_(False)  # part of the compile keys, and lent tensors have none
+    return generator
+
+
+def _torch_modules(modules: Mapping[str, Any]) -> Iterator[torch.nn.Module]:
+    """Those of a pipeline that have weights, and what FastVideo hides in them (Gemma, inside the text encoder)."""
+    for module in modules.values():
+        if isinstance(module, torch.nn.Module):
+            yield module
+            gemma = getattr(module, "_gemma_model", None)
+            if gemma is not None:
+                yield gemma
+
+
+def storages(modules: Mapping[str, Any]) -> Iterator[torch.UntypedStorage]:
+    """The memory of all parameters and buffers, each once."""
+    seen = set()
+    for module in _torch_modules(modules):
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                yield storage
+
+
+def digest(modules: Mapping[str, Any]) -> str:
+    """A checksum of every byte of the weights, made where they are."""
+    total = hashlib.sha256()
+    for storage in storages(modules):
+        octets = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        for begin in range(0, octets.numel(), 1 << 26):
+            part = octets[begin : begin + (1 << 26)].to(torch.int64)
+            # Order matters: a sum alone would not see two bytes that changed places.
+            weights = torch.arange(part.numel(), device=part.device) % 65521 + 1
+            total.update(int((part * weights).sum()).to_bytes(16, "little", signed=True))
+    return total.hexdigest()
+
+
+def seconds_compiling() -> float:
+    """Seconds that this process spent in torch.compile, from tracing to loading the code."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    return float(sum(compilation_time_metrics.get("_compile.compile_inner", ())))
+
+
+def trim_memory() -> None:
+    """Give what the allocator keeps for later back, so that other processes can use it between two jobs."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def memory(weights_bytes: int) -> Memory:
+    """What this process needs besides `weights_bytes`, and its peak since the last call. Call after `trim_memory`."""
+    if torch.cuda.is_available():
+        reserved, peak = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        context = _device_memory_of_this_process(reserved) - reserved
+        return Memory(
+            resident=max(0, reserved + context - weights_bytes),
+            peak=max(0, peak + context - weights_bytes),
+            weights=weights_bytes,
+        )
+    pss, peak = _proportional_set_size()
+    return Memory(resident=max(0, pss - weights_bytes), peak=max(0, peak - weights_bytes), weights=weights_bytes)
+
+
+def device_total() -> int:
+    """Bytes of device memory, 0 on a CPU."""
+    return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else 0
+
+
+_CONTEXT_BYTES = 600 << 20
+"""Of a CUDA context with loaded kernels, where NVML does not tell: it knows processes by their number on the host."""
+
+
+def _device_memory_of_this_process(reserved: int) -> int:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == os.getpid() and process.usedGpuMemory:
+                    return int(process.usedGpuMemory)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        pass
+    return reserved + _CONTEXT_BYTES
+
+
+def _proportional_set_size() -> tuple[int, int]:
+    """Bytes now, and at most since the last call; both without what is shared with others."""
+    process = Path("/proc/self")
+    pss = _kilobytes(process / "smaps_rollup", "Pss:")
+    grown = _kilobytes(process / "status", "VmHWM:") - _kilobytes(process / "status", "VmRSS:")
+    with contextlib.suppress(OSError):
+        (process / "clear_refs").write_text("5")  # start VmHWM anew (proc.rst)
+    return pss * 1024, (pss + max(0, grown)) * 1024
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(name))
+
+
+def _check_checkpoint(path: Path) -> None:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise LoadError(
+            f"{path} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
+            "Diffusers layout, or write a tiny one: python -m ltx2_pool.tools.tiny DIR"
+        )
+    if '"LTX2Pipeline"' not in index.read_text(encoding="utf-8"):
+        raise LoadError(f"{index} does not name LTX2Pipeline: this worker serves LTX-2 only")
+
+
+def _ignore(_phase: str) -> None:
+    pass
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class _step_hook:
+    """Calls a hook before each denoise step.
+
+    The loop of FastVideo's LTX2DenoisingStage.forward (pipelines/basic/ltx2/stages/ltx2_denoising.py) is
+    ``for step_index in tqdm(range(...))``, in the base stage and in the refine stage: its iterator is the one place
+    where every step passes.
+    """
+
+    def __init__(self, on_step: OnStep | None) -> None:
+        self._on_step = on_step
+
+    def __enter__(self) -> None:
+        def steps(iterable: Iterable[int]) -> Iterator[int]:
+            indices = list(iterable)
+            for index in indices:
+                if self._on_step is not None:
+                    self._on_step(index, len(indices))
+                yield index
+
+        ltx2_denoising.tqdm = steps
+
+    def __exit__(self, *exc_info: object) -> None:
+        ltx2_denoising.tqdm = _no_progress_bar
+
+
+def _no_progress_bar(iterable: Iterable[int]) -> Iterable[int]:
+    return iterable
+
+
+def prepare_platform() -> None:
+    """Let FastVideo 0.2.1 run LTX-2 on a machine without a GPU (its CPU platform is unfinished)."""
+    if torch.cuda.is_available():
+        return
+    import fastvideo.distributed.parallel_state as parallel_state
+    import torch._inductor.config as inductor_config
+    import torch._inductor.cpu_vec_isa as cpu_vec_isa
+    from fastvideo.platforms.cpu import CpuPlatform
+
+    def sdpa(cls: type, selected_backend: Any, head_size: int, dtype: torch.dtype) -> str:
+        return "fastvideo.attention.backends.sdpa.SDPABackend"
+
+    def unified_memory(cls: type, device_id: int = 0) -> bool:
+        return True  # turns every offload flag off (fastvideo_args.py: finalize_device_offload_policy)
+
+    def cpu_device() -> torch.device:
+        return torch.device("cpu")
+
+    CpuPlatform.get_attn_backend_cls = classmethod(sdpa)
+    CpuPlatform.has_unified_memory = classmethod(unified_memory)
+    # It answers "mps" on anything that is neither CUDA nor NPU, and some forty modules hold it by name.
+    parallel_state.get_local_torch_device.__code__ = cpu_device.__code__
+    # Inductor probes the vector ISA with subprocesses that each import torch (torch/_inductor/cpu_vec_isa.py: about
+    # 20 s here). Naming avx2 leaves nothing to probe and keeps a baked cache portable between x86-64 hosts.
+    inductor_config.cpp.vec_isa_ok = True
+    cpu_vec_isa.x86_isa_checker = lambda: ["avx2"]

@@ -1,0 +1,1 @@
+"""How a child process starts, is watched and ends."""

@@ -1,0 +1,1 @@
+"""The programs: parsing and wiring only. Each is a console script too."""

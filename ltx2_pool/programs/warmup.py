@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Bakes the menu's compile caches, one fresh process for each shape, or proves with --verify that a bake is good."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.live import Live
+from rich.table import Table
+
+from ltx2_pool.caches import bake
+from ltx2_pool.caches.bake import BakeError, Baker, Report
+from ltx2_pool.processes.host import ProcessHost
+from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.tools import terminal
+from ltx2_pool.words import settings
+from ltx2_pool.words.shapes import Menu, MenuError, Shape
+
+MAX_STATUS = 100
+"""The exit status is the number of failed shapes; above 125 it would mean something else to a shell."""
+
+
+def main() -> int:
+    parser = settings.argument_parser(
+        "warmup.py", __doc__ or "", only=("model", "shapes", "cache_root", *settings.RECIPE, *settings.STARTING)
+    )
+    parser.add_argument("--only", nargs="+", metavar="KEY", help="bake these shapes only, for instance 768x512@121f")
+    parser.add_argument("--force", action="store_true", help="bake again what is baked already")
+    parser.add_argument("--fail-fast", action="store_true", help="stop at the first shape that fails")
+    parser.add_argument(
+        "--timeout", type=float, default=1800, metavar="SECONDS", help="limit for one video, cold ones included [1800]"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="shapes at once, where memory allows [1]")
+    parser.add_argument(
+        "--verify", action="store_true", help="bake nothing: run a fresh process on a read-only copy of each cache "
+        "and require no compile, no new file and the same video"
+    )  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write what was measured as JSON")
+    arguments = parser.parse_args()
+    if arguments.jobs < 1 or arguments.timeout <= 0:
+        parser.error("--jobs and --timeout must be positive")
+    try:
+        chosen = settings.load(arguments, os.environ)
+        menu = Menu.load(chosen.shapes)
+        shapes = [menu.get(key) for key in arguments.only] if arguments.only else list(menu.shapes)
+        chosen.check_model()
+    except (settings.SettingsError, MenuError) as error:
+        parser.error(str(error))
+    except KeyError as error:
+        parser.error(error.args[0])
+    host = ProcessHost(
+        chosen.recipe,
+        Timeouts(spawn=600, generation=arguments.timeout),
+        spawn=chosen.spawn,
+        weights=chosen.weights,
+    )
+    baker = Baker(menu, chosen.recipe, chosen.cache_root, host)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    board = Board(shapes, "verify" if arguments.verify else "bake")
+    try:
+        with bake.lock(chosen.cache_root), board.live():
+            reports = asyncio.run(_run(baker, shapes, board, arguments))
+    except BakeError as error:
+        print(f"warmup.py: {error}", file=sys.stderr)
+        return MAX_STATUS
+    except KeyboardInterrupt:
+        print("interrupted: finished shapes are kept, the one in work is not", file=sys.stderr)
+        return 130
+    failed = [report for report in reports if not report.ok]
+    if arguments.report:
+        arguments.report.write_text(
+            json.dumps({"menu": menu.hash, "ok": not failed, "shapes": [r.as_dict() for r in reports]}, indent=1) + "\n"
+        )
+    if not (failed or arguments.verify) and set(shapes) == set(menu.shapes):
+        (chosen.cache_root / "IMAGE_SHAPE_HASH").write_text(f"{menu.hash}\n")
+    print(f"{len(reports) - len(failed)} of {len(shapes)} shapes are good; menu hash {menu.hash}")
+    return min(len(shapes) - (len(reports) - len(failed)), MAX_STATUS)
+
+
+async def _run(baker: Baker, shapes: Sequence[Shape], board: Board, arguments: argparse.Namespace) -> list[Report]:
+    reports: list[Report] = []
+    slots = asyncio.Semaphore(arguments.jobs)
+    stopped = False
+
+    async def one(shape: Shape) -> None:
+        nonlocal stopped
+        async with slots:
+            if stopped:
+                board.state(shape, "not tried")
+                return
+            if arguments.verify:
+                report = await baker.verify(shape, lambda state: board.state(shape, state))
+            elif not arguments.force and not baker.state(shape):
+                report = Report(shape.key, ok=True)
+                reports.append(report)
+                board.state(shape, "baked already, skipped")
+                return
+            else:
+                report = await baker.bake(shape, lambda state: board.state(shape, state))
+            reports.append(report)
+            board.finished(shape, report)
+            stopped = arguments.fail_fast and not report.ok
+
+    async with baker.working():
+        await asyncio.gather(*(one(shape) for shape in shapes))
+    return reports
+
+
+class Board:
+    """Shows what happens: a live table on a terminal, plain lines in a log."""
+
+    def __init__(self, shapes: Sequence[Shape], verb: str) -> None:
+        self._console = terminal.console()
+        self._verb = verb
+        self._states = {shape.key: "waiting" for shape in shapes}
+        self._since = {shape.key: time.monotonic() for shape in shapes}
+        self._reports: dict[str, Report] = {}
+        self._live: Live | None = None
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        if self._console.is_terminal:
+            with Live(get_renderable=self._table, console=self._console, refresh_per_second=4) as self._live:
+                yield
+        else:
+            yield
+            self._console.print(self._table())
+
+    def state(self, shape: Shape, state: str) -> None:
+        self._states[shape.key] = state
+        self._since[shape.key] = time.monotonic()
+        if self._live is None:
+            print(f"{time.strftime('%H:%M:%S')} {shape.key}: {state}", flush=True)
+
+    def finished(self, shape: Shape, report: Report) -> None:
+        self._reports[shape.key] = report
+        self.state(shape, "good" if report.ok else f"{self._verb} failed")
+        for problem in report.problems:
+            print(f"{time.strftime('%H:%M:%S')} {shape.key}: {problem}", flush=True)
+
+    def _table(self) -> Table:
+        first = "baked first s" if self._verb == "verify" else "cold s"
+        table = Table("shape", "state", "ready s", first, "hot s", "misses", "files", "MB", "same video")
+        for key, state in self._states.items():
+            report = self._reports.get(key)
+            if report is None:
+                waiting = "" if state in ("waiting", "not tried") or "skipped" in state else self._elapsed(key)
+                table.add_row(key, state + waiting)
+                continue
+            misses = sum(count for name, count in report.compiled.items() if not name.endswith("hits"))
+            same = {None: "", True: "yes", False: "NO"}[report.same_video]
+            table.add_row(
+                key, f"[{'green' if report.ok else 'red'}]{state}[/]", f"{report.ready_s:.1f}", f"{report.first_s:.2f}",
+                f"{report.hot_s:.2f}", str(misses), str(report.files), f"{report.bytes / 1e6:.1f}", same,
+            )  # fmt: skip
+        return table
+
+    def _elapsed(self, key: str) -> str:
+        return f" ({time.monotonic() - self._since[key]:.0f} s)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

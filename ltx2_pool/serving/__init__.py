@@ -1,0 +1,1 @@
+"""The worker: admission, decision, supervision, Dynamo."""

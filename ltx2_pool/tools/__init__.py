@@ -1,0 +1,1 @@
+"""What serving does not need: plan, doctor, status, local stack, tiny checkpoints, benchmarks."""

@@ -1,0 +1,139 @@
+"""The pictures of ``benchmark.py load``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+from matplotlib import pyplot
+from matplotlib.patches import Patch
+
+from ltx2_pool.tools.bench.client import Sample
+
+if TYPE_CHECKING:
+    from ltx2_pool.tools.bench.load import Result
+
+HOT, COLD, FAILED, WAIT = "#1f77b4", "#ff7f0e", "#d62728", "#9aa0a6"
+STATES = {"spawning": "#ffe8a3", "ready": "#e3f1e3", "busy": "#a5d6a7", "draining": "#f5cba7"}
+
+
+def latency(results: Sequence[Result], order: Sequence[str], path: Path) -> Path:
+    """Every request's seconds by shape, a panel for each level, with p50 and p90."""
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(max(6.5, 4.2 * len(results)), 1.6 + 0.55 * len(order)), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    for axes, result in zip(panels[0], results, strict=True):
+        for row, key in enumerate(order):
+            good = [r for r in result.good if r.shape == key]
+            for colour, cold in ((HOT, False), (COLD, True)):
+                seconds = [r.seconds for r in good if (r.state == "cold") == cold]
+                axes.scatter(seconds, row + rng.uniform(-0.22, 0.22, len(seconds)), s=14, color=colour, alpha=0.6,
+                             linewidths=0)  # fmt: skip
+            if good:
+                for p, style in ((50, "-"), (90, ":")):
+                    at = float(np.percentile([r.seconds for r in good], p))
+                    axes.plot([at, at], [row - 0.36, row + 0.36], style, color="black", linewidth=1.6)
+        axes.set_title(f"{result.level}\n{result.videos_per_minute:.1f} videos/min", fontsize=10)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_xlabel("seconds from request to video")
+    panels[0][0].set_yticks(range(len(order)), order)
+    panels[0][0].set_ylim(len(order) - 0.5, -0.5)
+    handles = [
+        mpl.lines.Line2D([], [], marker="o", linestyle="", color=HOT, label="hot shape"),
+        mpl.lines.Line2D([], [], marker="o", linestyle="", color=COLD, label="cold shape"),
+        mpl.lines.Line2D([], [], color="black", label="p50"),
+        mpl.lines.Line2D([], [], color="black", linestyle=":", label="p90"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("Latency by shape", fontweight="bold")
+    return _save(figure, path)
+
+
+def timeline(result: Result, order: Sequence[str], path: Path) -> Path:
+    """What each shape's process did, the jobs above it, and how many waited."""
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(11, 2.6 + 0.7 * len(order)), sharex=True, layout="constrained",
+        gridspec_kw={"height_ratios": [max(2.0, 0.7 * len(order)), 1]},
+    )  # fmt: skip
+    for row, key in enumerate(order):
+        for begin, end, state in _spans(result.samples, key):
+            top.broken_barh([(begin, end - begin)], (row - 0.45, 0.9), color=STATES.get(state, "white"), linewidth=0)
+        lanes: list[float] = []
+        for record in (r for r in result.records if r.shape == key):
+            lane = next((i for i, free in enumerate(lanes) if free <= record.sent_s), len(lanes))
+            lanes[lane : lane + 1] = [record.sent_s + record.seconds]
+            height = row - 0.32 + 0.16 * (lane % 5)
+            waited = min(record.wait_s or 0.0, record.seconds)
+            colour = FAILED if record.problem else COLD if record.state == "cold" else HOT
+            top.plot([record.sent_s, record.sent_s + waited], [height, height], color=WAIT, linewidth=1.2)
+            top.plot([record.sent_s + waited, record.sent_s + record.seconds], [height, height], color=colour,
+                     linewidth=3, solid_capstyle="butt")  # fmt: skip
+    top.set_yticks(range(len(order)), order)
+    top.set_ylim(len(order) - 0.5, -0.5)
+    top.set_title(f"Processes and jobs: {result.level}", fontweight="bold")
+    handles = [Patch(color=colour, label=f"process {state}") for state, colour in STATES.items()]
+    handles += [Patch(color=c, label=text) for c, text in ((WAIT, "job waits or travels"), (HOT, "job runs"),
+                (COLD, "job of a cold shape"), (FAILED, "job failed"))]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    at = [s.at for s in result.samples]
+    bottom.stackplot(at, [s.running for s in result.samples], [s.waiting for s in result.samples],
+                     colors=[STATES["busy"], WAIT], labels=["generating", "waiting"], step="post")  # fmt: skip
+    bottom.legend(loc="upper right", frameon=False, fontsize=9)
+    bottom.set_ylabel("jobs")
+    bottom.set_xlabel("seconds")
+    bottom.set_xlim(0, result.seconds)
+    bottom.yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    return _save(figure, path)
+
+
+def throughput(results: Sequence[Result], path: Path) -> Path:
+    """Videos per minute and latency against the load."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    load = [result.level.load for result in results]
+    unit = "requests per second" if results[0].level.rate is not None else "clients that ask again and again"
+    left.plot(load, [result.videos_per_minute for result in results], "o-", color=HOT)
+    if results[0].level.rate is not None:
+        left.plot(load, [60 * rate for rate in load], ":", color=WAIT, label="asked for")
+        left.legend(frameon=False)
+    left.set_ylabel("videos per minute")
+    left.set_ylim(bottom=0)
+    for p, style in ((50, "o-"), (90, "o--"), (99, "o:")):
+        values: list[float] = [
+            float(np.percentile([r.seconds for r in result.good], p)) if result.good else float("nan")
+            for result in results
+        ]
+        right.plot(load, values, style, color="black", alpha=1 - (p - 50) / 90, label=f"p{p}")
+    right.set_ylabel("seconds from request to video")
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_xlabel(unit)
+        axes.set_xticks(load, [f"{value:g}" for value in load])
+        axes.grid(alpha=0.3)
+    figure.suptitle("Throughput against load", fontweight="bold")
+    return _save(figure, path)
+
+
+def _spans(samples: Sequence[Sample], key: str) -> Iterator[tuple[float, float, str]]:
+    """Begin, end and state of each stretch of time for which a shape had a process."""
+    for one, following in pairwise(samples):
+        if state := one.states.get(key):
+            yield one.at, following.at, state
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path

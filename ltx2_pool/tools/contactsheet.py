@@ -1,0 +1,38 @@
+"""A picture of videos: a row of frames for each, for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ltx2_pool.model import mp4
+
+FRAMES = 6
+
+
+def write(path: Path, videos: Sequence[tuple[str, bytes]], title: str) -> None:
+    """Draw `(caption, MP4)` pairs as rows of frames at even distances, and write a PNG. Raises OSError, ValueError."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    frames = [mp4.thumbnails(data, FRAMES) for _, data in videos]
+    tallest = [1.9 * row[0].shape[0] / row[0].shape[1] for row in frames]
+    figure, axes = pyplot.subplots(
+        len(videos),
+        FRAMES,
+        figsize=(1.9 * FRAMES, sum(tallest) + 0.45 * len(videos) + 0.5),
+        squeeze=False,
+        gridspec_kw={"height_ratios": tallest},
+        layout="constrained",
+    )
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    for row, (caption, _), images in zip(axes, videos, frames, strict=True):
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_axis_off()
+        row[0].set_title(caption, fontsize=9, loc="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,209 @@
+"""A Dynamo frontend and a worker on this machine's loopback: for the demo, the tests and the benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from ltx2_pool.processes.guard import Guard
+
+TINY_MENU = Path(__file__).with_name("tiny.yaml")
+"""Three shapes that a CPU makes in seconds with the tiny checkpoint."""
+WORKER = (sys.executable, "-m", "ltx2_pool.programs.worker")
+_POLL = 0.05
+
+
+class StackError(Exception):
+    """The stack did not come up. The message ends with the log's last lines."""
+
+
+def checkpoint(work: Path) -> Path:
+    """The tiny checkpoint, written once for this version of :mod:`ltx2_pool.tools.tiny`. Raises CalledProcessError."""
+    source = Path(__file__).with_name("tiny.py").read_bytes()
+    directory = work / f"ltx2-tiny-{hashlib.sha256(source).hexdigest()[:8]}"
+    if not directory.exists():
+        environment = {**os.environ, "FASTVIDEO_LOGGING_LEVEL": "ERROR"}
+        subprocess.run(
+            [sys.executable, "-m", "ltx2_pool.tools.tiny", str(directory)],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+    return directory
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now.
+
+    Below 32768: Dynamo reads DYN_SYSTEM_PORT into a signed 16-bit number, and no outgoing connection takes it.
+    """
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Stack:
+    """Frontend and worker with file discovery and TCP: no etcd, no NATS, nothing beyond 127.0.0.1.
+
+    Both die with this process. Their logs are ``frontend.log`` and ``worker.log`` in `directory`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: Path,
+        shapes: Path,
+        cache_root: Path,
+        *,
+        program: Sequence[str] = WORKER,
+        **environment: str,
+    ) -> None:
+        self.directory = directory
+        self._program = program
+        self.http_port = free_port()
+        self.system_port = free_port()
+        self.model_name = ""
+        self._environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("DYN_", "LTX2_"))},
+            "DYN_DISCOVERY_BACKEND": "file",
+            "DYN_FILE_KV": str(directory / "discovery"),
+            "DYN_REQUEST_PLANE": "tcp",
+            "DYN_EVENT_PLANE": "zmq",
+            "DYN_TCP_RPC_HOST": "127.0.0.1",
+            "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
+            "LTX2_MODEL": str(model),
+            "LTX2_SHAPES": str(shapes),
+            "LTX2_CACHE_ROOT": str(cache_root),
+            **environment,
+        }
+        self.frontend: subprocess.Popen[bytes] | None = None
+        self.worker: subprocess.Popen[bytes] | None = None
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=600)
+        self._guard = Guard()
+
+    def __enter__(self) -> Stack:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._guard.start()
+        try:
+            self.start_frontend()
+            self.start_worker()
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def start_frontend(self) -> None:
+        self.frontend = self._start(
+            "frontend",
+            [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(self.http_port)],
+        )
+
+    def start_worker(self, *arguments: str) -> None:
+        self.worker = self._start(
+            "worker",
+            [*self._program, *arguments],
+            {"DYN_SYSTEM_PORT": str(self.system_port), "DYN_SYSTEM_HOST": "127.0.0.1"},
+        )
+
+    def _start(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        with (self.directory / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                env={**self._environment, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._guard.watch(process.pid)
+        return process
+
+    def wait_ready(self, timeout: float = 180) -> str:
+        """Wait until the frontend lists the model; returns its name. Raises StackError."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for name, process in (("frontend", self.frontend), ("worker", self.worker)):
+                if process is not None and process.poll() is not None:
+                    raise StackError(f"the {name} ended with status {process.returncode}\n{self.log_tail(name)}")
+            with contextlib.suppress(httpx.TransportError):
+                models = self.client.get("/v1/models").json().get("data", [])
+                if models:
+                    self.model_name = models[0]["id"]
+                    return self.model_name
+            time.sleep(_POLL)
+        raise StackError(f"no model was registered within {timeout:g} s\n{self.log_tail('worker')}")
+
+    def create(self, prompt: str = "a red fox in the snow", **fields: Any) -> httpx.Response:
+        """POST /v1/videos; `fields` are the request's, nvext's are given as ``nvext={...}``."""
+        body = {"model": self.model_name, "prompt": prompt, "response_format": "b64_json", **fields}
+        return self.client.post("/v1/videos", json={k: v for k, v in body.items() if v is not None})
+
+    def stream(self, prompt: str = "a red fox in the snow", **fields: Any) -> Iterator[str]:
+        """The same with ``stream: true``: the payloads of the server-sent events."""
+        body = {"model": self.model_name, "prompt": prompt, "response_format": "b64_json", "stream": True, **fields}
+        with self.client.stream("POST", "/v1/videos", json=body) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    yield line.removeprefix("data: ")
+
+    def status(self) -> dict[str, Any]:
+        """What the worker says of its pool."""
+        answer = httpx.get(f"http://127.0.0.1:{self.system_port}/engine/video/status", timeout=10)
+        status: dict[str, Any] = answer.raise_for_status().json()
+        return status
+
+    def log(self, name: str) -> str:
+        """All that the frontend or the worker has printed."""
+        path = self.directory / f"{name}.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def log_tail(self, name: str, lines: int = 30) -> str:
+        return "\n".join(self.log(name).splitlines()[-lines:])
+
+    def stop_worker(self, timeout: float = 60) -> int:
+        """SIGTERM, then SIGKILL after the timeout; returns the exit status."""
+        return _stop(self.worker, timeout)
+
+    def close(self) -> None:
+        """Stop everything that was started."""
+        _stop(self.worker, 60)
+        _stop(self.frontend, 20)
+        self.client.close()
+        for process in (self.worker, self.frontend):
+            if process is not None:
+                self._guard.forget(process.pid)
+        self._guard.close()
+
+
+def _stop(process: subprocess.Popen[bytes] | None, timeout: float) -> int:
+    if process is None:
+        return 0
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait(10)

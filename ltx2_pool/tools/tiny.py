@@ -1,0 +1,425 @@
+"""Writes random-weight LTX-2 checkpoints that FastVideo loads as it loads the real one.
+
+``python -m ltx2_pool.tools.tiny DIR`` writes the tiny one that the demo and the tests run on a CPU; ``--size large`` writes
+the real model's dimensions, with as many layers as asked for, to measure on a GPU. The layout is Diffusers', the
+modules are FastVideo's own classes, so names and shapes of the weights are right by construction. The geometry that
+decides shapes (32 pixels and 8 frames a latent cell, 8 x 16 audio latents, 24 kHz stereo) is the real model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_SEED = 1234
+_DIFFUSERS = "0.36.0"
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What differs between the tiny checkpoint and the real one."""
+
+    hidden: int
+    """Gemma's width; also the transformer's caption channels."""
+    gemma_layers: int
+    gemma_heads: int
+    gemma_kv_heads: int
+    gemma_head_dim: int
+    gemma_intermediate: int
+    vocabulary: int
+    """0: as many as the tokenizer has."""
+    connector_heads: int
+    connector_layers: int
+    layers: int
+    heads: int
+    head_dim: int
+    audio_heads: int
+    audio_head_dim: int
+    latent_channels: int
+    vae_blocks: int
+    audio_vae_multipliers: tuple[int, ...]
+    audio_vae_blocks: int
+    vocoder_channels: int
+
+
+TINY = Dimensions(
+    hidden=64, gemma_layers=2, gemma_heads=2, gemma_kv_heads=1, gemma_head_dim=32, gemma_intermediate=128, vocabulary=0,
+    connector_heads=2, connector_layers=1, layers=2, heads=2, head_dim=32, audio_heads=2, audio_head_dim=16,
+    latent_channels=8, vae_blocks=1, audio_vae_multipliers=(1, 1, 1), audio_vae_blocks=0, vocoder_channels=32,
+)  # fmt: skip
+
+
+def large(layers: int, gemma_layers: int) -> Dimensions:
+    """The real model's dimensions (48 layers and 48 Gemma layers are all of it: 63 GiB)."""
+    return Dimensions(
+        hidden=3840, gemma_layers=gemma_layers, gemma_heads=16, gemma_kv_heads=8, gemma_head_dim=256,
+        gemma_intermediate=15360, vocabulary=262208, connector_heads=30, connector_layers=2, layers=layers, heads=32,
+        head_dim=128, audio_heads=32, audio_head_dim=64, latent_channels=128, vae_blocks=5,
+        audio_vae_multipliers=(1, 2, 4), audio_vae_blocks=2, vocoder_channels=1024,
+    )  # fmt: skip
+
+
+def write(directory: Path, seed: int = DEFAULT_SEED, dimensions: Dimensions = TINY) -> None:
+    """Write a checkpoint into a new directory; it appears there only when it is complete.
+
+    The same seed and dimensions give the same bytes on the same kind of device. Raises OSError.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}")
+    try:
+        _Writer(partial, seed, dimensions).write()
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Writer:
+    def __init__(self, root: Path, seed: int, dimensions: Dimensions) -> None:
+        import torch
+
+        from ltx2_pool.model import engine
+
+        engine.prepare_platform()
+        self.root = root
+        self.d = dimensions
+        self.device = torch.device("cuda" if torch.cuda.is_available() and dimensions is not TINY else "cpu")
+        self.random = torch.Generator(self.device).manual_seed(seed)
+
+    def write(self) -> None:
+        self.root.mkdir(parents=True)
+        self._transformer()
+        self._vae()
+        self._audio()
+        self._text_encoder(self._tokenizer())
+        classes = {
+            "audio_vae": ["diffusers", "LTX2AudioDecoder"],
+            "text_encoder": ["transformers", "LTX2GemmaTextEncoderModel"],
+            "tokenizer": ["transformers", "GemmaTokenizer"],
+            "transformer": ["diffusers", "LTX2Transformer3DModel"],
+            "vae": ["diffusers", "CausalVideoAutoencoder"],
+            "vocoder": ["diffusers", "LTX2Vocoder"],
+        }
+        self._json("model_index.json", {"_class_name": "LTX2Pipeline", "_diffusers_version": _DIFFUSERS, **classes})
+
+    def _fill(self, state: dict[str, torch.Tensor], gain: float = 1.0) -> dict[str, torch.Tensor]:
+        """Random bfloat16 weights of the same names and shapes, scaled so that activations stay in range."""
+        import torch
+
+        def tensor(name: str, like: torch.Tensor) -> torch.Tensor:
+            shape = tuple(like.shape)
+            if name.endswith("mean-of-means"):
+                return torch.zeros(shape)
+            if "per_channel_statistics" in name:
+                return torch.ones(shape)
+            if len(shape) <= 1 and name.endswith("weight"):
+                return torch.full(shape, gain)
+            noise = torch.randn(shape, generator=self.random, device=self.device, dtype=torch.bfloat16)
+            fan_in = like[0].numel() if len(shape) > 1 else 2500
+            return noise / fan_in**0.5
+
+        return {name: tensor(name, state[name]).to(torch.bfloat16).cpu().contiguous() for name in sorted(state)}
+
+    def _json(self, name: str, content: dict[str, Any]) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _component(
+        self, name: str, config: dict[str, Any], state: dict[str, torch.Tensor],
+        file: str = "diffusion_pytorch_model.safetensors",
+    ) -> None:  # fmt: skip
+        from safetensors.torch import save_file
+
+        self._json(f"{name}/config.json", config)
+        save_file(state, self.root / name / file, metadata={"format": "pt"})
+
+    def _transformer(self) -> None:
+        import torch
+        from fastvideo.models.dits.ltx2 import LTXModel, LTXModelType, LTXRopeType
+
+        d = self.d
+        audio_channels = 8 * 16  # latent channels x mel bins: fixed in FastVideo models/dits/ltx2.py
+        with torch.device("meta"):
+            model = LTXModel(
+                model_type=LTXModelType.AudioVideo, num_attention_heads=d.heads, attention_head_dim=d.head_dim,
+                in_channels=d.latent_channels, out_channels=d.latent_channels, num_layers=d.layers,
+                cross_attention_dim=d.heads * d.head_dim, caption_channels=d.hidden,
+                audio_num_attention_heads=d.audio_heads, audio_attention_head_dim=d.audio_head_dim,
+                audio_in_channels=audio_channels, audio_out_channels=audio_channels,
+                audio_cross_attention_dim=d.audio_heads * d.audio_head_dim, rope_type=LTXRopeType.SPLIT,
+                double_precision_rope=True, prefix="ltx2",
+            )  # fmt: skip
+        config = {
+            "_class_name": "LTX2Transformer3DModel",
+            "_diffusers_version": _DIFFUSERS,
+            "num_attention_heads": d.heads,
+            "attention_head_dim": d.head_dim,
+            "num_layers": d.layers,
+            "cross_attention_dim": d.heads * d.head_dim,
+            "caption_channels": d.hidden,
+            "norm_eps": 1e-6,
+            "in_channels": d.latent_channels,
+            "out_channels": d.latent_channels,
+            "num_channels_latents": d.latent_channels,
+            "patch_size": [1, 1, 1],
+            "rope_type": "split",
+            "double_precision_rope": True,
+            "positional_embedding_theta": 10000.0,
+            "positional_embedding_max_pos": [20, 2048, 2048],
+            "timestep_scale_multiplier": 1000,
+            "use_middle_indices_grid": True,
+            "audio_num_attention_heads": d.audio_heads,
+            "audio_attention_head_dim": d.audio_head_dim,
+            "audio_in_channels": audio_channels,
+            "audio_out_channels": audio_channels,
+            "audio_cross_attention_dim": d.audio_heads * d.audio_head_dim,
+            "audio_positional_embedding_max_pos": [20],
+            "av_ca_timestep_scale_multiplier": 1,
+        }
+        self._component("transformer", config, self._fill(model.state_dict()))
+
+    def _vae(self) -> None:
+        from fastvideo.models.vaes.ltx2vae import LTX2CausalVideoAutoencoder
+
+        d = self.d
+        encoder: list[Any] = []
+        for name, multiplier in (
+            ("compress_space_res", 2), ("compress_time_res", 2), ("compress_all_res", 1), ("compress_all_res", 1)
+        ):  # fmt: skip
+            encoder += [["res_x", {"num_layers": 1}], [name, {"multiplier": multiplier}]]
+        residual = ["res_x", {"num_layers": d.vae_blocks, "inject_noise": False}]
+        decoder: list[Any] = []
+        for _ in range(3):  # each doubles time, height and width; the 4x4 patches make up the rest of 32x
+            decoder += [residual, ["compress_all", {"residual": True, "multiplier": 2}]]
+        config = {
+            "_class_name": "CausalVideoAutoencoder",
+            "_diffusers_version": _DIFFUSERS,
+            "vae": {
+                "_class_name": "CausalVideoAutoencoder",
+                "dims": 3,
+                "in_channels": 3,
+                "out_channels": 3,
+                "latent_channels": d.latent_channels,
+                "patch_size": 4,
+                "norm_layer": "pixel_norm",
+                "latent_log_var": "uniform",
+                "encoder_blocks": [*encoder, ["res_x", {"num_layers": 1}]],
+                "decoder_blocks": [*decoder, residual],
+                "encoder_spatial_padding_mode": "zeros",
+                "decoder_spatial_padding_mode": "reflect",
+                "causal_decoder": False,
+                "timestep_conditioning": False,
+                "use_quant_conv": False,
+                "scaling_factor": 1.0,
+                "normalize_latent_channels": False,
+            },
+        }
+        state = self._fill(LTX2CausalVideoAutoencoder(config).state_dict())
+        # The real file has the statistics once; FastVideo's VAELoader hands them to encoder and decoder.
+        prefix = "decoder."
+        statistics = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(f"{prefix}per_channel")}
+        rest = {name: value for name, value in state.items() if "per_channel_statistics" not in name}
+        self._component("vae", config, rest | statistics)
+
+    def _audio(self) -> None:
+        from fastvideo.models.audio.ltx2_audio_vae import LTX2AudioDecoder, LTX2Vocoder
+
+        d = self.d
+        audio_vae = {
+            "_class_name": "LTX2AudioDecoder",
+            "_diffusers_version": _DIFFUSERS,
+            "audio_vae": {
+                "model": {
+                    "params": {
+                        "sampling_rate": 16000,
+                        "ddconfig": {
+                            "ch": 128,  # = 8 latent channels x 16 mel bins: its statistics broadcast over them
+                            "out_ch": 2,
+                            "ch_mult": list(d.audio_vae_multipliers),
+                            "num_res_blocks": d.audio_vae_blocks,
+                            "attn_resolutions": [],
+                            "resolution": 256,
+                            "z_channels": 8,
+                            "mel_bins": 64,
+                            "norm_type": "pixel",
+                            "causality_axis": "height",
+                            "dropout": 0.0,
+                            "mid_block_add_attention": False,
+                            "double_z": True,
+                        },
+                    }
+                },
+                "preprocessing": {"stft": {"hop_length": 160, "causal": True}, "mel": {"n_mel_channels": 64}},
+                "variables": {"mel_bins": 64},
+            },
+        }
+        state = self._fill(LTX2AudioDecoder(audio_vae).model.state_dict())
+        named = {k if k.startswith("per_channel_statistics") else f"decoder.{k}": v for k, v in state.items()}
+        self._component("audio_vae", audio_vae, named)
+        vocoder = {
+            "_class_name": "LTX2Vocoder",
+            "_diffusers_version": _DIFFUSERS,
+            "vocoder": {
+                "resblock_kernel_sizes": [3, 7, 11],
+                "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
+                "upsample_rates": [6, 5, 2, 2, 2],
+                "upsample_kernel_sizes": [16, 15, 8, 4, 4],
+                "upsample_initial_channel": d.vocoder_channels,
+                "resblock": "1",
+                "stereo": True,
+                "output_sample_rate": 24000,
+            },
+        }
+        self._component("vocoder", vocoder, self._fill(LTX2Vocoder(vocoder).model.state_dict()))
+
+    def _tokenizer(self) -> Any:
+        """A small but real BPE tokenizer in Gemma's manner (bytes as a fallback, so it can encode anything)."""
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+        from transformers import GemmaTokenizer
+
+        special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>",
+                   "<start_of_image>", "<end_of_image>", "<image_soft_token>"]  # fmt: skip
+        corpus = [
+            "a red fox runs through fresh snow at dawn while the camera follows close to the ground",
+            "slow aerial view over a harbour town, warm evening light, boats, gulls, cinematic, highly detailed",
+            "a potter shapes wet clay on a wheel, shallow depth of field, the sound of rain outside 0123456789",
+        ]
+        bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        bpe.normalizer = normalizers.Replace(" ", "▁")
+        bpe.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        initial = special + [f"<0x{byte:02X}>" for byte in range(256)]
+        bpe.train_from_iterator(
+            corpus, trainers.BpeTrainer(vocab_size=512, special_tokens=initial, show_progress=False)
+        )
+        trained = json.loads(bpe.to_str())["model"]
+        merges = [tuple(pair) for pair in trained["merges"]]
+        tokenizer = GemmaTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=131072)
+        tokenizer.save_pretrained(self.root / "tokenizer")
+        tokenizer.save_pretrained(self.root / "text_encoder" / "gemma")
+        return tokenizer
+
+    def _text_encoder(self, tokenizer: Any) -> None:
+        import torch
+        from fastvideo.configs.models.encoders import LTX2GemmaConfig
+        from fastvideo.models.encoders.gemma import LTX2GemmaTextEncoderModel
+        from safetensors.torch import save_file
+        from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+        d = self.d
+        gemma_config = Gemma3Config(
+            text_config={
+                "vocab_size": d.vocabulary or -(-len(tokenizer) // 64) * 64,
+                "hidden_size": d.hidden,
+                "intermediate_size": d.gemma_intermediate,
+                "num_hidden_layers": d.gemma_layers,
+                "num_attention_heads": d.gemma_heads,
+                "num_key_value_heads": d.gemma_kv_heads,
+                "head_dim": d.gemma_head_dim,
+                "query_pre_attn_scalar": d.gemma_head_dim,
+                "max_position_embeddings": 4096,
+                "sliding_window": 1024,
+                "pad_token_id": 0,
+                "eos_token_id": 1,
+                "bos_token_id": 2,
+            },
+            vision_config={  # unused by LTX-2, so small in every size
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+            boi_token_index=7,
+            eoi_token_index=8,
+            image_token_index=9,
+            architectures=["Gemma3ForConditionalGeneration"],
+            dtype="bfloat16",
+        )
+        with torch.device("meta"):
+            gemma = Gemma3ForConditionalGeneration(gemma_config)
+        state = {name: value for name, value in gemma.state_dict().items() if name != "lm_head.weight"}  # tied
+        directory = self.root / "text_encoder" / "gemma"
+        gemma_config.save_pretrained(directory)
+        # Gemma's norms multiply by 1 + weight.
+        save_file(self._fill(state, gain=0.0), directory / "model.safetensors", metadata={"format": "pt"})
+
+        config = {
+            "architectures": ["LTX2GemmaTextEncoderModel"],
+            "model_type": "ltx2_gemma",
+            "hidden_size": d.hidden,
+            "num_hidden_layers": d.gemma_layers,
+            "num_attention_heads": d.connector_heads,
+            "text_len": 1024,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "gemma_dtype": "bfloat16",
+            "padding_side": "left",
+            "feature_extractor_in_features": d.hidden * (d.gemma_layers + 1),
+            "feature_extractor_out_features": d.hidden,
+            "connector_num_attention_heads": d.connector_heads,
+            "connector_attention_head_dim": d.hidden // d.connector_heads,
+            "connector_num_layers": d.connector_layers,
+            "connector_positional_embedding_theta": 10000.0,
+            "connector_positional_embedding_max_pos": [4096],
+            "connector_rope_type": "split",
+            "connector_double_precision_rope": True,
+            "connector_num_learnable_registers": 128,
+        }
+        encoder_config = LTX2GemmaConfig()
+        encoder_config.update_model_arch(config)
+        with torch.device("meta"):
+            encoder = LTX2GemmaTextEncoderModel(encoder_config)
+        own = {k: v for k, v in encoder.state_dict().items() if not k.startswith("gemma_model.")}
+        renamed = {_connector_name(name): value for name, value in self._fill(own).items()}
+        self._component("text_encoder", config, renamed, file="model.safetensors")
+
+
+def _connector_name(name: str) -> str:
+    """FastVideo's name of a connector weight as the real checkpoint spells it."""
+    for ours, theirs in (
+        ("feature_extractor_linear.aggregate_embed.", "aggregate_embed."),
+        ("audio_embeddings_connector.", "audio_connector."),
+        ("embeddings_connector.", "video_connector."),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ltx2_pool.tools.tiny", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write the checkpoint; must not exist")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="default %(default)s")
+    parser.add_argument("--size", choices=("tiny", "large"), default="tiny", help="default %(default)s")
+    parser.add_argument("--layers", type=int, default=48, help="transformer layers of --size large (default 48)")
+    parser.add_argument("--gemma-layers", type=int, default=48, help="Gemma layers of --size large (default 48)")
+    arguments = parser.parse_args(argv)
+    if arguments.directory.exists():
+        parser.error(f"{arguments.directory} exists already")
+    os.environ.setdefault("FASTVIDEO_LOGGING_LEVEL", "ERROR")
+    print(f"importing FastVideo and writing {arguments.directory} ...", flush=True)
+    write(
+        arguments.directory,
+        arguments.seed,
+        TINY if arguments.size == "tiny" else large(arguments.layers, arguments.gemma_layers),
+    )
+    files = [path for path in arguments.directory.rglob("*") if path.is_file()]
+    print(f"wrote {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What everybody says: shapes, requests, settings, messages, outcomes. Pure."""

@@ -1,0 +1,195 @@
+"""From a /v1/videos request to a job, and every mistake a client can make on the way."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ltx2_pool.words.shapes import NOMINAL_HEIGHTS, Menu, Shape
+
+MAX_STEPS = 50
+MAX_SEED = 2**32 - 1
+OUTPUT_FORMATS = ("mp4",)
+
+
+class RequestError(ValueError):
+    """What a client did wrong. The text is for the client: HTTP 400."""
+
+
+class NvExt(BaseModel):
+    """The fields of Dynamo's VideoNvExt (dynamo.common.protocols.video_protocol) that LTX-2 text-to-video uses."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    fps: int | None = None
+    num_frames: int | None = None
+    negative_prompt: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+
+
+class VideoRequest(BaseModel):
+    """Dynamo's NvCreateVideoRequest, as its frontend delivers it (dynamo.common.protocols.video_protocol)."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: str
+    model: str
+    input_reference: str | None = None
+    seconds: int | None = None
+    size: str | None = None
+    user: str | None = None
+    response_format: str | None = None
+    output_format: str | None = None
+    stream: bool | None = None
+    nvext: NvExt | None = None
+    extra_args: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One admitted request: everything a shape process needs to make its video."""
+
+    id: str
+    shape: Shape
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    fps: int
+    negative_prompt: str = ""
+
+    @property
+    def comment(self) -> str:
+        """What the MP4 says of itself, so that a file can be made again."""
+        return f"shape={self.shape.key} seed={self.seed} steps={self.steps} fps={self.fps}"
+
+
+def warm_up(menu: Menu, shape: Shape) -> Job:
+    """The video that makes a process of this shape hot: by the menu's parameters, and thrown away."""
+    return Job("warm-up", shape, "a warm-up", menu.seed, menu.steps, menu.guidance, menu.fps)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How the client wants the video."""
+
+    as_url: bool = False
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the operator allows."""
+
+    max_prompt_chars: int = 4000
+    urls: bool = False
+    """Whether a media store is configured."""
+
+
+def parse(raw: Mapping[str, Any], job_id: str, menu: Menu, limits: Limits) -> tuple[Job, Delivery]:
+    """Turn a request into a job for a shape of the menu. Raises RequestError; touches nothing."""
+    try:
+        request = VideoRequest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RequestError(f"{where}: {first['msg']}") from error
+    nvext = request.nvext or NvExt()
+    # The frontend hands over top-level fields it does not know as extra_args.media_passthrough.
+    unknown = (request.extra_args or {}).get("media_passthrough")
+    if isinstance(unknown, dict) and unknown:
+        raise RequestError(f"unknown field{'s' if len(unknown) > 1 else ''}: {_quote(', '.join(sorted(unknown)))}")
+    if request.input_reference is not None:
+        raise RequestError("input_reference is not supported: this worker makes video from text only")
+    prompt = request.prompt.strip()
+    if not prompt:
+        raise RequestError("prompt is empty")
+    for name, text in (("prompt", prompt), ("nvext.negative_prompt", nvext.negative_prompt or "")):
+        if len(text) > limits.max_prompt_chars:
+            raise RequestError(f"{name} has {len(text)} characters; at most {limits.max_prompt_chars} are allowed")
+        if "\0" in text or any(0xD800 <= ord(char) <= 0xDFFF for char in text):
+            raise RequestError(f"{name} has characters that are not text")
+    fps = nvext.fps if nvext.fps is not None else menu.fps
+    if fps != menu.fps:
+        raise RequestError(f"nvext.fps must be {menu.fps}: the audio track's length is part of the compiled shape")
+    steps = nvext.num_inference_steps if nvext.num_inference_steps is not None else menu.steps
+    if not 1 <= steps <= MAX_STEPS:
+        raise RequestError(f"nvext.num_inference_steps must be from 1 to {MAX_STEPS}, not {steps}")
+    guidance = nvext.guidance_scale if nvext.guidance_scale is not None else menu.guidance
+    if not math.isclose(guidance, menu.guidance):
+        raise RequestError(f"nvext.guidance_scale must be {menu.guidance:g}: the model is distilled for it")
+    seed = nvext.seed if nvext.seed is not None else menu.seed
+    if not 0 <= seed <= MAX_SEED:
+        raise RequestError(f"nvext.seed must be from 0 to {MAX_SEED}, not {seed}")
+    job = Job(
+        id=job_id,
+        shape=_shape(request.size, request.seconds, nvext.num_frames, menu),
+        prompt=prompt,
+        negative_prompt=(nvext.negative_prompt or "").strip(),
+        seed=seed,
+        steps=steps,
+        guidance=menu.guidance,
+        fps=fps,
+    )
+    return job, _delivery(request, limits)
+
+
+def _shape(size: str | None, seconds: int | None, num_frames: int | None, menu: Menu) -> Shape:
+    width, height = _dimensions(size, menu)
+    offered = menu.frames_for(width, height)
+    if num_frames is None and seconds is None:
+        return Shape(width, height, offered[0])
+    if num_frames is not None:
+        if num_frames not in offered:
+            raise RequestError(
+                f"nvext.num_frames {num_frames} is not offered for {width}x{height}: choose {_either(offered)}"
+            )
+        return Shape(width, height, num_frames)
+    assert seconds is not None
+    # LTX-2 makes 8k+1 frames: 24 fps x 5 s is 120, and 121 with the frame that closes the last interval.
+    frames = seconds * menu.fps + 1
+    if frames not in offered:
+        clips = [f"{count / menu.fps:.3g} s ({count} frames)" for count in offered]
+        raise RequestError(f"seconds {seconds} is not offered for {width}x{height}: choose {_either(clips)}")
+    return Shape(width, height, frames)
+
+
+def _dimensions(size: str | None, menu: Menu) -> tuple[int, int]:
+    if size is None:
+        first = menu.shapes[0]
+        return first.width, first.height
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size.strip().lower())
+    if match is not None:
+        width, height = int(match[1]), int(match[2])
+        nominal = NOMINAL_HEIGHTS.get(width, width), NOMINAL_HEIGHTS.get(height, height)
+        for candidate in ((width, height), nominal):
+            if menu.frames_for(*candidate):
+                return candidate
+    raise RequestError(f"size {_quote(size)} is not on the menu: choose {_either(menu.sizes)}")
+
+
+def _delivery(request: VideoRequest, limits: Limits) -> Delivery:
+    if request.response_format not in (None, "b64_json", "url"):
+        raise RequestError(f"response_format {_quote(request.response_format)} is unknown: choose b64_json or url")
+    as_url = request.response_format == "url"
+    if as_url and not limits.urls:
+        raise RequestError("response_format url is not available: this worker has no media store; use b64_json")
+    if request.output_format is not None and request.output_format.lower() not in OUTPUT_FORMATS:
+        raise RequestError(f"output_format {_quote(request.output_format)} is not supported: use mp4")
+    return Delivery(as_url=as_url, stream=bool(request.stream))
+
+
+def _either(options: list[Any]) -> str:
+    return " or ".join(filter(None, [", ".join(str(o) for o in options[:-1]), str(options[-1])]))
+
+
+def _quote(text: str) -> str:
+    """A client's own text in a message for it: short, and in printable ASCII."""
+    return ascii(text if len(text) <= 80 else text[:77] + "...")

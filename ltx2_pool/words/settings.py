@@ -1,0 +1,406 @@
+"""Every environment variable and flag of the worker, validated once into one frozen object."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ltx2_pool.words.recipe import Recipe
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+def _option(
+    default: Any, env: str, help: str, flag: str | None = None, metavar: str | None = None, **limits: Any
+) -> Any:
+    return Field(default, description=help, json_schema_extra={"env": env, "flag": flag, "metavar": metavar}, **limits)
+
+
+class Settings(BaseModel):
+    """What an operator decides. A flag wins over its environment variable, which wins over the default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: Path = _option(
+        None, "LTX2_MODEL", "directory of the LTX-2 checkpoint (Diffusers layout); required", flag="--model"
+    )
+    shapes: Path = _option(Path("shapes.yaml"), "LTX2_SHAPES", "the menu file", flag="--shapes")
+    served_model_name: str | None = _option(
+        None,
+        "LTX2_SERVED_MODEL_NAME",
+        "the name that clients put in the request's model field (default: the menu's model)",
+        flag="--served-model-name",
+    )
+    cache_root: Path = _option(
+        Path("/cache"),
+        "LTX2_CACHE_ROOT",
+        "root of the compile caches, <root>/per-shape/<shape key>",
+        flag="--cache-root",
+    )
+    run_dir: Path | None = _option(
+        None,
+        "LTX2_RUN_DIR",
+        "where videos wait for delivery; private, emptied at exit (default: a new directory "
+        "under the system's temporary directory)",
+        flag="--run-dir",
+    )
+
+    pool_mode: bool = _option(
+        False,
+        "LTX2_POOL_MODE",
+        "1: a pool of shape-pinned processes; 0 or unset: one generator inside the worker",
+        flag="--pool-mode",
+    )
+    pool_max_size: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] | None = _option(
+        None,
+        "LTX2_POOL_MAX_SIZE",
+        "K: how many shape processes may exist at once, or auto: as many as fit the memory (default: auto with shared "
+        "weights, 2 with private)",
+        flag="--pool-max-size",
+    )
+    memory_reserve: float = _option(
+        4,
+        "LTX2_POOL_MEMORY_RESERVE",
+        "GiB of device memory (on a CPU: main memory) that auto leaves free",
+        flag="--memory-reserve",
+        metavar="GIB",
+        ge=0,
+    )
+    spawn: Literal["zygote", "exec"] = _option(
+        "zygote",
+        "LTX2_POOL_SPAWN",
+        "how a shape process starts: zygote forks one that has imported everything, exec starts an interpreter",
+        flag="--spawn",
+    )
+    weights: Literal["shared", "private"] = _option(
+        "shared",
+        "LTX2_POOL_WEIGHTS",
+        "shared: one process loads the checkpoint and lends it to all; private: each shape process loads its own",
+        flag="--weights",
+    )
+    warm: bool = _option(
+        True,
+        "LTX2_POOL_WARM",
+        "make one video and throw it away before a shape process is READY (0: the first customer waits for that)",
+        flag="--warm",
+    )
+    prewarm: str | None = _option(
+        None,
+        "LTX2_POOL_PREWARM",
+        "shapes to start before anybody asks: all, none, top:N by traffic, or shape keys with commas between "
+        "(default: all with shared weights, none with private)",
+        flag="--prewarm",
+    )
+    ready_min: int = _option(
+        1,
+        "LTX2_POOL_READY_MIN",
+        "how many of the shapes to prewarm must be hot before the model is registered with Dynamo",
+        flag="--ready-min",
+        ge=0,
+    )
+    traffic_file: Path | None = _option(
+        None,
+        "LTX2_TRAFFIC_FILE",
+        "where the traffic by shape is remembered for --prewarm top:N (default: <cache root>/traffic.json)",
+        flag="--traffic-file",
+    )
+    gpu_concurrency: int = _option(
+        1,
+        "LTX2_POOL_GPU_CONCURRENCY",
+        "how many shapes may generate at the same time on this GPU",
+        flag="--gpu-concurrency",
+        ge=1,
+        le=64,
+    )
+    spawn_timeout: float = _option(
+        180, "LTX2_POOL_SPAWN_TIMEOUT", "seconds a shape process has to become READY", flag="--spawn-timeout", gt=0
+    )
+    weights_timeout: float = _option(
+        900, "LTX2_POOL_WEIGHTS_TIMEOUT", "seconds that loading the checkpoint may take", flag="--weights-timeout", gt=0
+    )
+    generation_timeout: float = _option(
+        1800,
+        "LTX2_POOL_GENERATION_TIMEOUT",
+        "seconds one generation may take; the process is replaced after that",
+        flag="--generation-timeout",
+        gt=0,
+    )
+    cancel_grace: float = _option(
+        30,
+        "LTX2_POOL_CANCEL_GRACE",
+        "seconds a process has to stop a cancelled job before it is replaced",
+        flag="--cancel-grace",
+        gt=0,
+    )
+    term_grace: float = _option(
+        30, "LTX2_POOL_TERM_GRACE", "seconds between SIGTERM and SIGKILL for a shape process", flag="--term-grace", gt=0
+    )
+    max_queue: int = _option(
+        64,
+        "LTX2_POOL_MAX_QUEUE",
+        "how many jobs may wait; the next one is told 429 at once",
+        flag="--max-queue",
+        ge=1,
+    )
+    max_queue_per_shape: int = _option(
+        32,
+        "LTX2_POOL_MAX_QUEUE_PER_SHAPE",
+        "how many jobs may wait for one shape",
+        flag="--max-queue-per-shape",
+        ge=1,
+    )
+    max_queue_per_user: int | None = _option(
+        None,
+        "LTX2_POOL_MAX_QUEUE_PER_USER",
+        "how many jobs of one user (the request's user field; requests without one count as one user) may wait "
+        "(default: three quarters of --max-queue)",
+        flag="--max-queue-per-user",
+        metavar="N",
+        ge=1,
+    )
+    patience: float = _option(
+        20,
+        "LTX2_POOL_PATIENCE",
+        "seconds for which jobs of hot shapes may pass one whose shape needs another's room, so that shapes do not "
+        "push each other out at every turn",
+        flag="--patience",
+        ge=0,
+    )
+    silence_timeout: float = _option(
+        20,
+        "LTX2_POOL_SILENCE_TIMEOUT",
+        "seconds without a sign of life after which a process is replaced, idle or not",
+        flag="--silence-timeout",
+        ge=1,
+    )
+    delivery_timeout: float = _option(
+        120,
+        "LTX2_DELIVERY_TIMEOUT",
+        "seconds that handing over a finished video may take, to the media store or to the client",
+        flag="--delivery-timeout",
+        gt=0,
+    )
+    job_timeout: float = _option(
+        3600,
+        "LTX2_POOL_JOB_TIMEOUT",
+        "seconds from admission to the video; the client is told 504 after that",
+        flag="--job-timeout",
+        gt=0,
+    )
+    drain_timeout: float = _option(
+        600,
+        "LTX2_DRAIN_TIMEOUT",
+        "seconds that admitted jobs have to finish after the worker got SIGTERM",
+        flag="--drain-timeout",
+        ge=0,
+    )
+
+    compile: bool = _option(
+        True,
+        "LTX2_COMPILE",
+        "torch.compile the transformer (0: eager, slower videos, no compile cache)",
+        flag="--compile",
+    )
+    attention_backend: str = _option(
+        "TORCH_SDPA", "LTX2_ATTENTION_BACKEND", "FastVideo attention backend", flag="--attention-backend"
+    )
+    deterministic: bool = _option(
+        True,
+        "LTX2_DETERMINISTIC",
+        "the same request gives the same bytes from every process (0: each process times its kernels and may differ)",
+        flag="--deterministic",
+    )
+    enable_optimizations: bool = _option(
+        False,
+        "LTX2_ENABLE_OPTIMIZATIONS",
+        "NVFP4 quantization of the transformer; needs a Blackwell GPU",
+        flag="--enable-optimizations",
+    )
+
+    cache_policy: Literal["strict", "warn"] = _option(
+        "warn",
+        "LTX2_CACHE_POLICY",
+        "what to do when a shape's cache was not baked for this software, GPU, recipe and model: strict refuses to "
+        "start, warn serves and compiles",
+        flag="--cache-policy",
+    )
+    image_shape_hash: str | None = _option(
+        None, "IMAGE_SHAPE_HASH", "menu hash that the image's caches were baked for; the worker refuses another menu"
+    )
+    max_prompt_chars: int = _option(
+        4000,
+        "LTX2_MAX_PROMPT_CHARS",
+        "longest prompt accepted, in characters",
+        flag="--max-prompt-chars",
+        ge=1,
+        le=100_000,
+    )
+    media_output_fs_url: str | None = _option(
+        None,
+        "LTX2_MEDIA_OUTPUT_FS_URL",
+        "fsspec URL that videos asked for with response_format=url are written to, "
+        "for instance file:///srv/media or s3://bucket/videos",
+        flag="--media-output-fs-url",
+    )
+    media_output_http_url: str | None = _option(
+        None,
+        "LTX2_MEDIA_OUTPUT_HTTP_URL",
+        "base of the URLs that clients get for them (default: the store's own URL)",
+        flag="--media-output-http-url",
+    )
+
+    namespace: str = _option(
+        "dynamo",
+        "DYN_NAMESPACE",
+        "Dynamo namespace; DYN_NAMESPACE_WORKER_SUFFIX is appended when set",
+        flag="--namespace",
+    )
+    component: str = _option("video", "LTX2_COMPONENT", "Dynamo component", flag="--component")
+    endpoint: str = _option("generate", "LTX2_ENDPOINT", "Dynamo endpoint", flag="--endpoint")
+    discovery_backend: Literal["kubernetes", "etcd", "file", "mem"] | None = _option(
+        None,
+        "DYN_DISCOVERY_BACKEND",
+        "Dynamo discovery: kubernetes, etcd, file or mem (default: kubernetes inside a cluster, file elsewhere)",
+        flag="--discovery-backend",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _option(
+        "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR; prompts are logged at DEBUG only", flag="--log-level"
+    )
+
+    @field_validator("pool_mode", "warm", "compile", "deterministic", "enable_optimizations", mode="before")
+    @classmethod
+    def _boolean(cls, value: object) -> object:
+        if isinstance(value, str):
+            if value.strip().lower() in _TRUE + _FALSE:
+                return value.strip().lower() in _TRUE
+            raise ValueError(f"{value!r} is neither 1 nor 0")
+        return value
+
+    @field_validator("prewarm")
+    @classmethod
+    def _prewarm(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("top:") and not value.removeprefix("top:").isdigit():
+            raise ValueError("top: needs a number, for instance top:3")
+        return value
+
+    @property
+    def max_processes(self) -> int | None:
+        """K; None means that only the memory decides."""
+        size = self.pool_max_size or ("auto" if self.weights == "shared" else 2)
+        return None if size == "auto" else size
+
+    @property
+    def wanted(self) -> str:
+        """What to start ahead, as --prewarm has it, the default resolved."""
+        return self.prewarm or ("all" if self.weights == "shared" else "none")
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(
+            model_path=str(self.model.resolve()),
+            compile=self.compile,
+            attention_backend=self.attention_backend,
+            deterministic=self.deterministic,
+            quantization="NVFP4" if self.enable_optimizations else None,
+        )
+
+    @property
+    def discovery(self) -> str:
+        """The discovery backend to use, the default resolved."""
+        return self.discovery_backend or ("kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else "file")
+
+    def check_model(self) -> None:
+        """Raise SettingsError when the model directory is no checkpoint."""
+        if not (self.model / "model_index.json").is_file():
+            raise SettingsError(
+                f"{self.model} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
+                "Diffusers layout, or write a tiny one: python -m ltx2_pool.tools.tiny DIR"
+            )
+        for path in self.model.rglob("*"):
+            if not os.access(path, os.R_OK):
+                raise SettingsError(
+                    f"{path} can not be read by uid {os.geteuid()}: chmod --recursive a+rX {self.model}"
+                )
+
+    def make_run_dir(self) -> Path:
+        """Create the private directory for videos, mode 0700. Raises OSError."""
+        if self.run_dir is None:
+            return Path(tempfile.mkdtemp(prefix="ltx2-pool-"))
+        self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="worker-", dir=self.run_dir))
+
+
+RECIPE = ("compile", "attention_backend", "deterministic", "enable_optimizations")
+"""The settings that decide the recipe: warm-up and worker must agree on them."""
+STARTING = ("spawn", "weights")
+"""The settings that decide how a shape process starts; they change no key and no byte."""
+
+
+class SettingsError(ValueError):
+    """A setting that can not be used. The message names the flag and the variable."""
+
+
+def _spelling(name: str) -> tuple[str, str | None]:
+    extra = Settings.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    flag = extra["flag"]
+    return str(extra["env"]), str(flag) if flag else None
+
+
+def argument_parser(prog: str, description: str, only: Collection[str] = ()) -> argparse.ArgumentParser:
+    """A parser with one flag for each setting (of `only`, when given); its help names the variable and the default."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    for name, field in Settings.model_fields.items():
+        env, flag = _spelling(name)
+        if flag is None or (only and name not in only):
+            continue
+        default = "" if field.default is None else f"; default {_shown(field.default)}"
+        text = f"{field.description} [{env}{default}]".replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(flag, dest=name, default=None, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            assert isinstance(field.json_schema_extra, dict)
+            usual = {int: "N", float: "SECONDS", Path: "PATH"}.get(field.annotation or str, "VALUE")
+            metavar = str(field.json_schema_extra["metavar"] or usual)
+            parser.add_argument(flag, dest=name, default=None, metavar=metavar, help=text)
+    return parser
+
+
+def _shown(value: object) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def load(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """Merge flags over environment. Raises SettingsError with the first setting that is wrong."""
+    values: dict[str, Any] = {}
+    for name in Settings.model_fields:
+        env, _ = _spelling(name)
+        given = getattr(arguments, name, None)
+        if given is not None:
+            values[name] = given
+        elif environ.get(env):
+            values[name] = environ[env]
+    if not values.get("model"):
+        raise SettingsError("--model (LTX2_MODEL) is required: the directory of an LTX-2 checkpoint")
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        env, flag = _spelling(str(first["loc"][0]))
+        spelled = f"{flag} ({env})" if flag else env
+        raise SettingsError(f"{spelled}: {first['msg']}, not {first['input']!r}") from error
+
+
+def parse(argv: Sequence[str] | None, environ: Mapping[str, str], prog: str, description: str) -> Settings:
+    """Flags and environment to Settings; a mistake ends the program with status 2 and a message, as argparse does."""
+    parser = argument_parser(prog, description)
+    try:
+        return load(parser.parse_args(argv), environ)
+    except SettingsError as error:
+        parser.error(str(error))
