@@ -109,6 +109,8 @@ class Memory(_Message):
     """While it encodes; None: as much as the peak."""
     weights: int = 0
     """Of the model, when the process loaded its own; not counted above."""
+    generated: bool = True
+    """False when it has made no video yet: the peak is then that of its start."""
 
 
 class Ready(_Message):

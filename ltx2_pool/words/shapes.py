@@ -47,6 +47,11 @@ class Shape:
         """The OpenAI-style size, for instance ``768x512``."""
         return f"{self.width}x{self.height}"
 
+    @property
+    def voxels(self) -> int:
+        """Pixels of all frames."""
+        return self.width * self.height * self.num_frames
+
     def __str__(self) -> str:
         return self.key
 

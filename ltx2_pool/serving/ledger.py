@@ -1,0 +1,285 @@
+"""The ledger: who holds how much of which device, in which phase, and what each phase is known to take.
+
+A process holds one reservation on each of its devices, from the decision to start it until nothing of it is left. What
+it holds changes with its phase; a phase of which nobody knows what it takes is *unknown*, and runs alone on its devices.
+The right to generate on a device, a lease, is no thing of its own that could be lost: it is a reservation in the phase
+GENERATING, and there are as many as `concurrency` says. Nothing here does I/O or reads a clock.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ltx2_pool.words.protocol import Memory
+from ltx2_pool.words.shapes import Key
+
+_RAISE = 1.25
+"""What is known of a phase grows by at least this when memory ran out in it."""
+
+
+class Phase(enum.Enum):
+    """What a process is doing with its devices."""
+
+    LOADING = "loading"
+    """It starts before anybody knows what the weights leave of the device."""
+    SPAWNING = "spawning"
+    """It starts, or makes its first video, which compiles: beside the others, without a lease."""
+    IDLE = "idle"
+    GENERATING = "generating"
+    """It makes a video, and holds a lease on each of its devices."""
+    ENCODING = "encoding"
+    """It writes the file; the devices are the next job's."""
+
+
+ACTIVE = frozenset((Phase.LOADING, Phase.SPAWNING, Phase.GENERATING))
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """One process, as the ledger and the decision see it."""
+
+    id: int
+    key: Key
+    devices: tuple[str, ...]
+    phase: Phase
+    held: int | None
+    """Bytes on each device; None: unknown."""
+    hot: bool = False
+    """It has made a video: nothing is left to compile."""
+    ending: bool = False
+    """It was told to end, or has ended, and its devices are not free yet."""
+    used: int = 0
+    """The higher, the more recently it was given a job."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it could take a job."""
+        return self.phase is Phase.IDLE and not self.ending
+
+
+@dataclass(slots=True)
+class Room:
+    """What is left of one device. A decision spends its own copy: starts take, and jobs that wait claim."""
+
+    budget: int | None
+    """Bytes for all processes; None: not known yet."""
+    leases: int
+    """Free ones."""
+    places: int | None
+    """Processes that may still be started; None: the memory decides alone."""
+    held: int = 0
+    rows: int = 0
+    active: int = 0
+    unknown: int = 0
+    ending: int = 0
+    """Bytes that processes on their way out still hold."""
+    ending_rows: int = 0
+    claimed: int = 0
+    """Bytes for which older jobs wait."""
+    claimed_rows: int = 0
+    claimed_active: int = 0
+    claimed_alone: int = 0
+
+    def admits(self, need: int | None, own: int = 0, *, lease: bool, alone: bool = False, row: bool = False) -> bool:
+        """Whether something may begin now that takes `need` bytes, of which it holds `own` already.
+
+        `lease`: it needs one; `alone`: nothing else may be active; `row`: it is a new process.
+        """
+        if (lease and self.leases <= 0) or self.unknown or self.claimed_alone:
+            return False
+        if row and self.places is not None and self.places <= self.claimed_rows:
+            return False
+        if (alone or need is None or self.budget is None) and (self.active or self.claimed_active):
+            return False
+        if need is None or self.budget is None:
+            return True
+        if self.rows == (0 if row else 1) and not self.claimed_rows:
+            return True  # the only process there is: the one way to know whether it fits is to try
+        held = self.held - own + need
+        return held <= self.budget and held - self.ending + self.claimed <= self.budget
+
+    def take(self, need: int | None, own: int = 0, *, lease: bool, row: bool = False) -> None:
+        """It begins."""
+        self.held += (need or 0) - own
+        self.active += 1
+        self.unknown += need is None
+        self.leases -= lease
+        if row:
+            self.rows += 1
+            if self.places is not None:
+                self.places -= 1
+
+    def claim(self, need: int | None, own: int = 0, *, lease: bool, alone: bool = False, row: bool = False) -> None:
+        """It has to wait, and no younger job may take what it waits for."""
+        self.claimed += max(0, (need or 0) - own)
+        self.claimed_active += 1
+        self.claimed_alone += need is None or alone
+        self.leases -= lease
+        self.claimed_rows += row
+
+    def release(self, held: int) -> None:
+        """An idle process is told to end."""
+        self.ending += held
+        self.ending_rows += 1
+
+
+@dataclass(slots=True)
+class _Known:
+    """What a key was seen to take, in bytes."""
+
+    idle: int
+    peak: int | None = None
+    encoding: int | None = None
+    raised: int = 0
+    """What running out of memory says that the peak is at least; sinks again with every video that is made."""
+
+
+class Ledger:
+    """Reservations by device, process and phase, within what each device has for us."""
+
+    def __init__(
+        self, budgets: Mapping[str, int | None], *, concurrency: int = 1, max_processes: int | None = None
+    ) -> None:
+        """`budgets`: bytes of each device that processes may hold together, None where that is not known yet.
+
+        `concurrency`: leases on each device. `max_processes`: at most so many processes on each device.
+        """
+        self._budgets = dict(budgets)
+        self._concurrency = concurrency
+        self._max_processes = max_processes
+        self._known: dict[Key, _Known] = {}
+        self._uses = 0
+        self.reservations: dict[int, Reservation] = {}
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """In the order in which they were given."""
+        return tuple(self._budgets)
+
+    def set_budget(self, device: str, free: int | None, reserve: int = 0) -> None:
+        """The device has `free` bytes now, beside what our processes hold on it; None: nobody knows any more."""
+        if free is None:
+            self._budgets[device] = None
+        else:
+            held = sum(r.held or 0 for r in self.reservations.values() if device in r.devices and not r.ending)
+            self._budgets[device] = max(0, free + held - reserve)
+
+    def reserve(self, number: int, key: Key, devices: tuple[str, ...]) -> Reservation:
+        """A process will be started on these devices."""
+        loading = any(self._budgets[device] is None for device in devices)
+        phase = Phase.LOADING if loading else Phase.SPAWNING
+        entry = Reservation(number, key, devices, phase, None if loading else self.need(key, phase))
+        self.reservations[number] = entry
+        return entry
+
+    def enter(self, entry: Reservation, phase: Phase) -> None:
+        """The process is in another phase now."""
+        entry.phase = phase
+        entry.held = self.need(entry.key, phase)
+        if phase in ACTIVE:
+            self._uses += 1
+            entry.used = self._uses
+
+    def release(self, entry: Reservation) -> None:
+        """Nothing of the process is left. May be called again."""
+        self.reservations.pop(entry.id, None)
+
+    def rooms(self) -> dict[str, Room]:
+        """What is left of each device, for a decision to spend."""
+        rooms = {
+            device: Room(budget, self._concurrency, self._max_processes) for device, budget in self._budgets.items()
+        }
+        for entry in self.reservations.values():
+            held, active = entry.held or 0, entry.phase in ACTIVE
+            for device in entry.devices:
+                room = rooms[device]
+                room.rows += 1
+                room.held += held
+                room.active += active
+                room.unknown += entry.held is None
+                room.leases -= entry.phase is Phase.GENERATING
+                if room.places is not None:
+                    room.places -= 1
+                if entry.ending:
+                    room.ending += held
+                    room.ending_rows += 1
+        return rooms
+
+    def need(self, key: Key, phase: Phase) -> int | None:
+        """Bytes that the phase takes; None: unknown.
+
+        A shape that was never measured takes at most what a measured one of the same variant takes that is as large
+        or larger: memory grows with pixels and frames.
+        """
+        if phase is Phase.LOADING:
+            return None
+        known = self._known.get(key)
+        if phase is Phase.IDLE:
+            return known.idle if known is not None else self._bound(key, Phase.IDLE)
+        if known is None or known.peak is None:
+            bound = self._bound(key, phase)
+            return max(bound or 0, known.raised) if known is not None and known.raised else bound
+        if phase is Phase.ENCODING and known.encoding is not None:
+            return known.encoding
+        return max(known.peak, known.raised)
+
+    def _bound(self, key: Key, phase: Phase) -> int | None:
+        bounds = []
+        for other, known in self._known.items():
+            if other.variant == key.variant and other.shape.voxels >= key.shape.voxels and known.peak is not None:
+                bounds.append(known.idle if phase is Phase.IDLE else max(known.peak, known.raised))
+        return min(bounds) if bounds else None
+
+    def observe(self, key: Key, memory: Memory) -> None:
+        """A process of this key said what it held: in its last phase at most, and now."""
+        known = self._known.setdefault(key, _Known(0))
+        known.idle = memory.resident + memory.weights
+        if memory.generated:
+            peak = max(memory.peak, memory.resident) + memory.weights
+            known.peak = max(peak, known.peak or 0)
+            known.encoding = None if memory.encoding is None else memory.encoding + memory.weights
+            # Half the way back at each video: a neighbour's memory may have been the reason.
+            known.raised = known.peak + (known.raised - known.peak) // 2 if known.raised > known.peak else 0
+
+    def ran_out(self, entry: Reservation) -> None:
+        """Memory ran out in the process's phase: it takes more than it was thought to, and than there was."""
+        known = self._known.setdefault(entry.key, _Known(0))
+        known.raised = int(max(known.peak or 0, known.raised, entry.held or 0) * _RAISE)
+        for device in entry.devices:
+            others = [r.held or 0 for r in self.reservations.values() if r is not entry and device in r.devices]
+            if others and (budget := self._budgets[device]) is not None:
+                known.raised = max(known.raised, budget - sum(others) + 1)
+
+    def describe(self) -> dict[str, Any]:
+        """For people; bytes."""
+        rooms = self.rooms()
+        return {
+            "max_size": self._max_processes if self._max_processes is not None else "auto",
+            "devices": {
+                device: {
+                    "budget": room.budget,
+                    "held": room.held,
+                    "unknown": room.unknown,
+                    "leases": self._concurrency - room.leases,
+                    "processes": room.rows,
+                }
+                for device, room in rooms.items()
+            },
+            "known": {
+                str(key): {"idle": known.idle, "peak": known.peak, "raised": known.raised or None}
+                for key, known in self._known.items()
+            },
+        }
+
+    def steady(self, keys: Iterable[Key]) -> int:
+        """Bytes of processes of these keys side by side, while the most demanding one generates; unknown counts as 0."""
+        idle = above = 0
+        for key in keys:
+            resident = self.need(key, Phase.IDLE) or 0
+            idle += resident
+            above = max(above, (self.need(key, Phase.GENERATING) or 0) - resident)
+        return idle + above
+
