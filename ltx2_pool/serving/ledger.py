@@ -1,8 +1,7 @@
 """The ledger: who holds how much of which device, in which phase, and what each phase is known to take.
 
 A process holds one reservation on each of its devices, from the decision to start it until nothing of it is left. What
-it holds changes with its phase; a phase of which nobody knows what it takes is *unknown*, and runs alone on its devices.
-The right to generate on a device, a lease, is no thing of its own that could be lost: it is a reservation in the phase
+it holds changes with its phase; a phase of which nobody knows what it takes is *unknown*, and runs alone there. The right to generate on a device, a lease, is no thing of its own that could be lost: it is a reservation in the phase
 GENERATING, and there are as many as `concurrency` says. Nothing here does I/O or reads a clock.
 """
 
@@ -275,11 +274,10 @@ class Ledger:
         }
 
     def steady(self, keys: Iterable[Key]) -> int:
-        """Bytes of processes of these keys side by side, while the most demanding one generates; unknown counts as 0."""
+        """Bytes of processes of these keys side by side, while the most demanding one generates; unknown is 0."""
         idle = above = 0
         for key in keys:
             resident = self.need(key, Phase.IDLE) or 0
             idle += resident
             above = max(above, (self.need(key, Phase.GENERATING) or 0) - resident)
         return idle + above
-
