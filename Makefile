@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
 RUN := $(VENV)/bin/python
-COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 \
+COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --extra tools --extra s3 --universal --python-version 3.11 \
 	--no-emit-index-url --no-header --no-annotate
 INSTALLED := $(VENV)/.installed
 

@@ -1,8 +1,17 @@
-"""What all tests share."""
+"""What all tests share: coroutines run on uvloop, as the worker does, each on a loop of its own."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
+import uvloop
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared-machine")
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """One kind of loop for every coroutine test (a hook of pytest-asyncio)."""
+    return {"uvloop": uvloop.new_event_loop}
