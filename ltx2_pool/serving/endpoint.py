@@ -1,291 +1,376 @@
-"""The Dynamo side: registration, the request handler, how errors become HTTP statuses, and shutdown.
-
-What the frontend makes of each exception was measured on ai-dynamo 1.6.0: only InvalidArgument's text reaches the
-client (400); HttpError(429|500|503) arrives as that status with a generic text; TimeoutError becomes 504. HttpError 408
-and 504, EngineShutdown and an exception raised before the generator's first step quarantine the worker for 5 s, so none
-of them is used here.
-"""
+"""A worker's life with Dynamo: registration, health, presence in discovery, and the way out."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
+import json
 import logging
 import os
 import signal
-import time
-import uuid
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any, Protocol
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
-from dynamo.common.protocols.video_protocol import NvVideosResponse, VideoData
-from dynamo.common.storage import get_fs, upload_to_fs
-from dynamo.common.utils.graceful_shutdown import graceful_shutdown_with_discovery
 from dynamo.common.utils.namespace import get_worker_namespace
 from dynamo.common.utils.prometheus import register_engine_metrics_callback
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
-from dynamo.llm.exceptions import HttpError, InvalidArgument
 
 from ltx2_pool import __version__
-from ltx2_pool.processes.process import JobFailed, OnEvent, ProcessLost
-from ltx2_pool.serving.metrics import Metrics
-from ltx2_pool.serving.pool import JobTimeout, Poisonous, QueueFull, Rejected, Video
+from ltx2_pool.serving.delivery import Deliverer, MediaStore
+from ltx2_pool.serving.handler import Counters, VideoHandler
+from ltx2_pool.serving.presence import Absent, DynamoDirectory, Presence
+from ltx2_pool.serving.threads import Lane
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.words import requests
-from ltx2_pool.words.protocol import Phase, Step
-from ltx2_pool.words.requests import Job, RequestError
+from ltx2_pool.words.outcomes import OnEvent, Video
+from ltx2_pool.words.requests import Job
 from ltx2_pool.words.settings import Settings
 from ltx2_pool.words.shapes import Menu
 
 logger = logging.getLogger(__name__)
 
+Health = Literal["starting", "able", "unable", "broken"]
+
+STOPPED = 0
+"""Exit status of a worker that was told to stop, and has."""
+FAILED = 1
+LOST = 3
+"""Exit status of a worker that discovery has lost, and that cannot get back: a new process can."""
+BROKEN = 4
+"""Exit status of a worker in which nothing can be made, whatever is tried."""
+
+LEAVE_TIMEOUT = 3.0
+"""Seconds for leaving discovery; a lease that is not renewed ends by itself."""
 UNREGISTER_GRACE = 0.5
 """Seconds between leaving discovery and closing the endpoint: a request that was on its way still gets in."""
+BROKEN_DRAIN = 30.0
+"""Seconds that a broken worker drains at most: what it could still make is made by then."""
+SETTLE = 3.0
+"""Seconds for the answers of requests that were given up to leave."""
+ABORT_TIMEOUT = 8.0
+"""Seconds from the second signal to the end of the process, whatever hangs."""
 
 
-class Backend(Protocol):
-    """What makes the videos: the pool, or the in-process generator."""
+class Pool(Protocol):
+    """What makes the videos."""
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Returns when enough is hot."""
 
-    async def generate(self, job: Job, on_event: OnEvent) -> Video: ...
+    async def generate(self, job: Job, on_event: OnEvent, user: str = "") -> Video: ...
 
     async def close(self, drain_timeout: float = 0) -> None: ...
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """Refuse every job that is not done, now."""
 
     def status(self) -> dict[str, Any]: ...
 
+    @property
+    def health(self) -> Health: ...
 
-class MediaStore:
-    """Where videos asked for by URL go (fsspec, through Dynamo's storage helper)."""
-
-    def __init__(self, fs_url: str, http_url: str | None) -> None:
-        self._fs = get_fs(fs_url)
-        self._http_url = http_url
-
-    async def put(self, name: str, data: bytes) -> str:
-        """Store an MP4 and return its URL. Raises OSError when the store refuses."""
-        url: str = await upload_to_fs(self._fs, f"videos/{name}.mp4", data, self._http_url)
-        return url
+    async def health_after(self, known: Health) -> Health:
+        """Waits until the health is different from `known`."""
 
 
-class VideoHandler:
-    """Turns a request of the frontend into a job, and its outcome into what the frontend understands."""
+class Series(Counters, Protocol):
+    """The metrics of the worker."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        menu: Menu,
-        model: str,
-        limits: requests.Limits,
-        store: MediaStore | None,
-        metrics: Metrics,
-        traffic: Traffic,
-    ) -> None:
-        self._backend = backend
-        self._menu = menu
-        self._model = model
-        self._limits = limits
-        self._store = store
-        self._metrics = metrics
-        self._traffic = traffic
-
-    async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
-        """One /v1/videos request. An async generator: raising at call time would quarantine the worker."""
-        if request.get("_HEALTH_CHECK"):
-            yield self._response("health", created=int(time.time()))
-            return
-        try:
-            job, delivery = requests.parse(request, uuid.uuid4().hex, self._menu, self._limits)
-        except RequestError as error:
-            logger.info("request %s refused: %s", context.id(), error)
-            self._metrics.rejections.labels("invalid").inc()
-            raise InvalidArgument(str(error)) from error
-        # The key in the id tells which shape was made: a request for 1280x720 is served as 1280x736.
-        video_id = f"video_{job.id}_{job.shape.key}"
-        created = int(time.time())
-        began = time.monotonic()
-        logger.info(
-            "job %s request=%s shape=%s steps=%d seed=%d admitted", job.id, context.id(), job.shape, job.steps, job.seed
-        )
-        logger.debug("job %s prompt=%r", job.id, job.prompt)
-        self._traffic.count(job.shape)
-        try:
-            video: Video | None = None
-            async for item in self._watched(job, context):
-                if isinstance(item, Video):
-                    video = item
-                elif isinstance(item, Step) and delivery.stream:
-                    # Without stream the frontend folds all items and keeps the first one's status.
-                    yield self._response(
-                        video_id, created=created, status="in_progress", progress=100 * item.done // item.total
-                    )
-            if video is None:
-                logger.info("job %s cancelled by its client after %.1f s", job.id, time.monotonic() - began)
-                return
-            data = await asyncio.to_thread(_take, video.path)
-            if delivery.as_url:
-                assert self._store is not None
-                where = {"url": await self._store.put(f"{job.shape.key}-{job.id}", data)}
-            else:
-                where = {"b64_json": (await asyncio.to_thread(base64.b64encode, data)).decode()}
-        except Exception as error:
-            raise _as_dynamo(job, error) from error
-        seconds = time.monotonic() - began
-        self._metrics.phase.labels(job.shape.key, "respond").observe(seconds - sum(video.phases.values()))
-        phases = " ".join(f"{name}={value:.3f}" for name, value in video.phases.items())
-        logger.info("job %s done shape=%s seconds=%.3f bytes=%d %s", job.id, job.shape, seconds, len(data), phases)
-        yield self._response(
-            video_id,
-            created=created,
-            inference_time_s=seconds - video.phases.get("queue", 0),
-            data=[VideoData(output_format="mp4", fps=job.fps, audio_sample_rate=video.sample_rate or None, **where)],
-        )
-
-    async def _watched(self, job: Job, context: Any) -> AsyncIterator[Phase | Step | Video]:
-        """The job's events and its video; ends without one when the client has gone."""
-        if context.is_stopped():
-            return
-        events: asyncio.Queue[Phase | Step] = asyncio.Queue()
-        gone = asyncio.ensure_future(context.async_killed_or_stopped())
-        work = asyncio.create_task(self._backend.generate(job, events.put_nowait))
-        try:
-            while True:
-                event = asyncio.ensure_future(events.get())
-                await asyncio.wait({event, work, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if event.done():
-                    yield event.result()
-                    continue
-                event.cancel()
-                if work.done():
-                    yield work.result()
-                return
-        finally:
-            gone.cancel()
-            if not work.done():
-                work.cancel()
-                with contextlib.suppress(asyncio.CancelledError, JobFailed, ProcessLost, Rejected):
-                    _discard(await work)
-
-    def _response(self, video_id: str, **fields: Any) -> dict[str, Any]:
-        response: dict[str, Any] = NvVideosResponse(id=video_id, model=self._model, **fields).model_dump()
-        return response
+    @property
+    def registry(self) -> Any: ...
 
 
-def _take(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    finally:
-        path.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class End:
+    """Why the worker ends, how long admitted jobs may take, and the exit status."""
+
+    why: str
+    status: int
+    drain: float = 0
 
 
-def _discard(video: Video) -> None:
-    video.path.unlink(missing_ok=True)
+class LastResort:
+    """Ends the process when the orderly end hangs: its children go with it, by the guard."""
 
+    def __init__(self, leave: Callable[[int], None] = os._exit) -> None:
+        self._leave = leave
+        self._timer: threading.Timer | None = None
 
-def _as_dynamo(job: Job, error: Exception) -> Any:
-    """The exception that the frontend maps to the right status."""
-    if isinstance(error, JobFailed) and error.kind == "refused":
-        logger.warning("job %s refused by the pipeline: %s", job.id, error)
-        return InvalidArgument(f"the pipeline refused the request: {error.error.splitlines()[0]}")
-    if isinstance(error, JobTimeout) or (isinstance(error, ProcessLost) and error.reason == "gen_timeout"):
-        logger.error("job %s not done in time: %s", job.id, error)
-        return TimeoutError(str(error))
-    if isinstance(error, QueueFull):
-        logger.warning("job %s refused: %s", job.id, error)
-        return HttpError(429, str(error))
-    if isinstance(error, Poisonous):
-        logger.warning("job %s refused: %s", job.id, error)
-        return InvalidArgument(str(error))
-    if isinstance(error, ProcessLost | Rejected):
-        logger.error("job %s not done: %s", job.id, error)
-        return HttpError(503, "the video could not be made now; try again")
-    logger.error("job %s failed: %s", job.id, error, exc_info=not isinstance(error, JobFailed))
-    return HttpError(500, "the video could not be made")
+    def arm(self, seconds: float, status: int) -> None:
+        """Replaces what was armed before."""
+        self.disarm()
+        self._timer = threading.Timer(seconds, self._fire, (seconds, status))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _fire(self, seconds: float, status: int) -> None:
+        logger.critical("still not ended after another %.0f s: leaving without an orderly end", seconds)
+        self._leave(status or FAILED)
 
 
 async def serve(
-    runtime: Any, backend: Backend, menu: Menu, settings: Settings, metrics: Metrics, traffic: Traffic
-) -> None:
-    """Register with Dynamo once the backend is ready, serve until SIGTERM or SIGINT, and drain."""
-    model = settings.served_model_name or menu.model
-    store = None
-    if settings.media_output_fs_url:
-        store = MediaStore(settings.media_output_fs_url, settings.media_output_http_url)
-    limits = requests.Limits(max_prompt_chars=settings.max_prompt_chars, urls=store is not None)
-    handler = VideoHandler(backend, menu, model, limits, store, metrics, traffic)
-    namespace = get_worker_namespace(settings.namespace)
-    endpoint = runtime.endpoint(f"{namespace}.{settings.component}.{settings.endpoint}")
-    shutdown = asyncio.Event()
-    stopping: asyncio.Task[None] | None = None
+    runtime: Any,
+    pool: Pool,
+    menu: Menu,
+    settings: Settings,
+    metrics: Series,
+    traffic: Traffic,
+    last_resort: LastResort | None = None,
+) -> int:
+    """Register with Dynamo once the pool is ready, serve until a signal or the worst, drain; the exit status."""
+    return await Worker(runtime, pool, menu, settings, metrics, traffic, last_resort or LastResort()).run()
 
-    def on_signal() -> None:
+
+class Worker:
+    """One worker, from the start of its pool to its last answer."""
+
+    def __init__(
+        self,
+        runtime: Any,
+        pool: Pool,
+        menu: Menu,
+        settings: Settings,
+        metrics: Series,
+        traffic: Traffic,
+        last_resort: LastResort,
+    ) -> None:
+        self._runtime = runtime
+        self._pool = pool
+        self._menu = menu
+        self._settings = settings
+        self._metrics = metrics
+        self._traffic = traffic
+        self._last_resort = last_resort
+        self._model = settings.served_model_name or menu.model
+        store = None
+        if settings.media_output_fs_url:
+            store = MediaStore(settings.media_output_fs_url, settings.media_output_http_url)
+        limits = requests.Limits(max_prompt_chars=settings.max_prompt_chars, urls=store is not None)
+        deliverer = Deliverer(store, settings.delivery_timeout)
+        self._handler = VideoHandler(pool, menu, self._model, limits, deliverer, metrics, traffic)
+        self._namespace = get_worker_namespace(settings.namespace)
+        self._endpoint = runtime.endpoint(f"{self._namespace}.{settings.component}.{settings.endpoint}")
+        self._presence = Presence(DynamoDirectory(self._endpoint, self._register_model))
+        self._ending: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+        self._aborted = asyncio.Event()
+        self._serving: asyncio.Future[Any] | None = None
+
+    async def run(self) -> int:
+        """Returns the exit status. Raises what the start of the pool or the registration raises."""
+        end = End("the start failed", FAILED)
+        with self._signals():
+            try:
+                self._publish()
+                end = await self._until_the_end()
+            finally:
+                await self._shut_down(end)
+        return end.status
+
+    def _end(self, end: End) -> None:
+        """The first reason to end counts."""
+        if not self._ending.done():
+            self._ending.set_result(end)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
         """The first signal drains, the next one does not wait for anything."""
-        nonlocal stopping
-        if stopping is None:
-            stopping = asyncio.create_task(
-                graceful_shutdown_with_discovery(
-                    runtime, [endpoint], shutdown_event=shutdown, grace_period_s=UNREGISTER_GRACE
-                )
-            )
-        else:
+        loop = asyncio.get_running_loop()
+        told = 0
+
+        def on_signal() -> None:
+            nonlocal told
+            told += 1
+            if told == 1:
+                self._end(End("told to stop", STOPPED, self._settings.drain_timeout))
+                return
             logger.warning("told to stop again: jobs that are not done are given up")
-            backend.abort()
+            if not self._aborted.is_set():
+                self._last_resort.arm(ABORT_TIMEOUT, STOPPED)
+            self._aborted.set()
+            self._pool.abort()
+            self._handler.give_up()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
 
-    async def status(_body: object) -> dict[str, Any]:
+    def _publish(self) -> None:
+        """Metrics and status, on Dynamo's system port."""
+        self._runtime.register_engine_route("video/status", self._status)
+        register_engine_metrics_callback(
+            self._endpoint,
+            self._metrics.registry,
+            namespace_name=self._namespace,
+            component_name=self._settings.component,
+            endpoint_name=self._settings.endpoint,
+            model_name=self._model,
+        )
+        port = os.environ.get("DYN_SYSTEM_PORT", "")
+        if port.isdigit() and int(port):
+            logger.info("metrics and status are on system port %s", port)
+        else:
+            logger.warning("no metrics and no status: DYN_SYSTEM_PORT is %s", repr(port) if port else "not set")
+
+    async def _status(self, _body: object) -> dict[str, Any]:
         return {
             "version": __version__,
-            "model": model,
-            "menu": menu.hash,
-            "shapes": [shape.key for shape in menu.shapes],
-            "traffic": traffic.scores(),
-            **backend.status(),
+            "model": self._model,
+            "menu": self._menu.hash,
+            "shapes": [shape.key for shape in self._menu.shapes],
+            "traffic": self._traffic.scores(),
+            "health": self._pool.health,
+            **self._pool.status(),
         }
 
-    runtime.register_engine_route("video/status", status)
-    register_engine_metrics_callback(
-        endpoint,
-        metrics.registry,
-        namespace_name=namespace,
-        component_name=settings.component,
-        endpoint_name=settings.endpoint,
-        model_name=model,
-    )
-    port = os.environ.get("DYN_SYSTEM_PORT", "")
-    if port.isdigit() and int(port):
-        logger.info("metrics and status are on system port %s", port)
-    else:
-        logger.warning("no metrics and no status: DYN_SYSTEM_PORT is %s", repr(port) if port else "not set")
-    starting = asyncio.create_task(backend.start())
-    told = asyncio.create_task(shutdown.wait())
-    await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
-    if told.done():
-        starting.cancel()
-        await asyncio.wait({starting})
-        await backend.close()
-        return
-    told.cancel()
-    await starting
-    await register_model(
-        ModelInput.Text, ModelType.Videos, endpoint, str(settings.model), model, worker_type=WorkerType.Aggregated
-    )
-    runtime.set_health_status(True)
-    logger.info("serving %s: %d shapes (menu %s) at %s", model, len(menu.shapes), menu.hash, namespace)
+    async def _register_model(self) -> None:
+        await register_model(
+            ModelInput.Text,
+            ModelType.Videos,
+            self._endpoint,
+            str(self._settings.model),
+            self._model,
+            worker_type=WorkerType.Aggregated,
+        )
 
-    async def close_when_told() -> None:
-        await shutdown.wait()
-        await backend.close(settings.drain_timeout)
+    async def _until_the_end(self) -> End:
+        starting = asyncio.create_task(self._pool.start())
+        await _first(starting, self._ending)
+        if not starting.done():
+            end = self._ending.result()
+            self._last_resort.arm(self._settings.term_grace + ABORT_TIMEOUT, end.status)
+            starting.cancel()
+            await asyncio.wait({starting})
+            return end
+        await starting
+        await self._register_model()
+        # Dynamo lets running handlers finish without a limit; _shut_down sets one.
+        self._serving = asyncio.ensure_future(
+            self._endpoint.serve_endpoint(
+                self._handler.generate, graceful_shutdown=True, metrics_labels=[("model", self._model)]
+            )
+        )
+        self._runtime.set_health_status(True)
+        logger.info(
+            "serving %s: %d shapes (menu %s) at %s",
+            self._model,
+            len(self._menu.shapes),
+            self._menu.hash,
+            self._namespace,
+        )
+        watches = [
+            asyncio.create_task(self._kept_up(watch))
+            for watch in (self._follow_health, self._keep_present, self._traffic.keep)
+        ]
+        try:
+            await _first(self._serving, self._ending)
+            if not self._ending.done():
+                error = None if self._serving.cancelled() else self._serving.exception()
+                self._end(End(f"Dynamo serves the endpoint no longer: {error or 'no reason given'}", LOST))
+            return self._ending.result()
+        finally:
+            for watch in watches:
+                watch.cancel()
+            await asyncio.wait(watches)
 
-    closer = asyncio.create_task(close_when_told())
-    try:
-        # Dynamo lets running handlers finish without a limit; close() above sets one.
-        await endpoint.serve_endpoint(handler.generate, graceful_shutdown=True, metrics_labels=[("model", model)])
-    finally:
-        closer.cancel()
-        await backend.close()
+    async def _kept_up(self, watch: Callable[[], Awaitable[None]]) -> None:
+        """A watch that fails says so and begins again: it must not fail in silence, nor end a worker that serves."""
+        while True:
+            try:
+                await watch()
+                return
+            except Exception:
+                logger.exception("a watch failed, and begins again")
+                await asyncio.sleep(1)
+
+    async def _follow_health(self) -> None:
+        """Out of discovery while nothing could be made, so that nobody's requests are refused here at once."""
+        known: Health = "able"
+        while not self._ending.done():
+            health = self._pool.health
+            if health == known:
+                await self._pool.health_after(known)
+                continue
+            if health == "unable":
+                logger.error("no shape can be made now: leaving discovery until one can; %s", self._why())
+                self._runtime.set_health_status(False)
+                await self._presence.want(False)
+            elif health == "able":
+                logger.warning("videos can be made again: back into discovery; %s", self._why())
+                await self._presence.want(True)
+                self._runtime.set_health_status(True)
+            elif health == "broken":
+                logger.error("nothing can be made here, whatever is tried; %s", self._why())
+                self._runtime.set_health_status(False)
+                drain = min(BROKEN_DRAIN, self._settings.drain_timeout)
+                self._end(End("nothing can be made here, whatever is tried", BROKEN, drain))
+                return
+            known = health
+
+    def _why(self) -> str:
+        return f"status {json.dumps(self._pool.status(), default=str)[:4000]}"
+
+    async def _keep_present(self) -> None:
+        try:
+            await self._presence.keep()
+        except Absent as error:
+            self._end(End(str(error), LOST, self._settings.drain_timeout))
+
+    async def _shut_down(self, end: End) -> None:
+        """Out of discovery, a grace, the drain; then nothing is waited for any longer.
+
+        The pool is closed once, and that is awaited. When something hangs, the last resort ends the process.
+        """
+        level = logging.ERROR if end.status else logging.INFO
+        logger.log(level, "ending with status %d: %s; jobs have %.0f s", end.status, end.why, end.drain)
+        if self._serving is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEAVE_TIMEOUT):
+                    await self._presence.want(False)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._aborted.wait(), UNREGISTER_GRACE)
+        # Ends what serve_endpoint waits for, and nothing that a handler is doing.
+        self._runtime.shutdown()
+        closing = asyncio.ensure_future(self._pool.close(end.drain))
+        await self._done_or_aborted({closing} | ({self._serving} if self._serving else set()), end.drain)
+        if not self._aborted.is_set():
+            self._last_resort.arm(self._settings.term_grace + SETTLE + ABORT_TIMEOUT, end.status)
+        if self._handler.working:
+            logger.error("%d requests are given up", self._handler.working)
+        self._handler.give_up()
+        left = False
+        if self._serving is not None:
+            await asyncio.wait({self._serving}, timeout=SETTLE)
+            left = not self._serving.done()
+            if left:
+                logger.error("%d requests did not end when they were given up", self._handler.working)
+        await closing
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(SETTLE):
+                await Lane("save-traffic", 1).run(self._traffic.save)
+        if not left:
+            self._last_resort.disarm()
+        logger.info("ended: %s", end.why)
+
+    async def _done_or_aborted(self, futures: set[asyncio.Future[Any]], timeout: float) -> None:
+        aborted = asyncio.ensure_future(self._aborted.wait())
+        done = asyncio.ensure_future(asyncio.wait(futures))
+        try:
+            await asyncio.wait({aborted, done}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            aborted.cancel()
+            done.cancel()
+
+
+async def _first(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)

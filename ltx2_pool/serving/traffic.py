@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ltx2_pool.serving.threads import Lane
 from ltx2_pool.words.settings import SettingsError
 from ltx2_pool.words.shapes import Menu, Shape
 
@@ -16,72 +21,138 @@ logger = logging.getLogger(__name__)
 
 HALF_LIFE = 24 * 3600.0
 """Seconds after which a request counts half."""
-_SAVE_INTERVAL = 10.0
+SAVE_INTERVAL = 10.0
 """Seconds between two writes at least: losing these counts does no harm."""
+_LOCK_WAIT = 1.0
+"""Seconds that a save waits for another worker's save, which takes milliseconds."""
 
 
 class Traffic:
-    """Counts requests by shape key. Without a file, or with one that can not be written, it counts in memory."""
+    """Counts jobs by shape key. Without a file, or with one that cannot be written, it counts in memory.
+
+    Workers that share a cache root share the file: each adds what it has counted since its last save to what the file
+    says, and goes on from the sum. :meth:`count` never touches the file; :meth:`keep` does, in a thread.
+    """
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
+        self._lock = threading.Lock()  # of the scores; a save runs in a thread
+        self._saving = threading.Lock()
         self._scores: dict[str, float] = {}
+        self._unsaved: dict[str, float] = {}
         self._at = clock()
-        self._saved_at = 0.0
+        self._warned = False
         if path is not None:
-            self._load(path)
+            self._scores = self._read(path)
 
     def count(self, shape: Shape) -> None:
-        """One request for this shape was admitted."""
-        self._decay()
-        self._scores[shape.key] = self._scores.get(shape.key, 0.0) + 1.0
-        if self._path is not None and abs(self._clock() - self._saved_at) >= _SAVE_INTERVAL:
-            self.save()
+        """One job for this shape was admitted."""
+        with self._lock:
+            self._decay()
+            for scores in (self._scores, self._unsaved):
+                scores[shape.key] = scores.get(shape.key, 0.0) + 1.0
 
     def top(self, shapes: Iterable[Shape], number: int) -> list[Shape]:
         """The most asked for shapes first, the others in the given order after them; at most `number`."""
-        return sorted(shapes, key=lambda shape: -self._scores.get(shape.key, 0.0))[:number]
+        scores = self.scores()
+        return sorted(shapes, key=lambda shape: -scores.get(shape.key, 0.0))[:number]
 
     def scores(self) -> dict[str, float]:
-        """Requests by shape key, each counting the less the older it is."""
-        self._decay()
-        return dict(self._scores)
+        """Jobs by shape key, each counting the less the older it is."""
+        with self._lock:
+            self._decay()
+            return dict(self._scores)
+
+    async def keep(self, interval: float = SAVE_INTERVAL) -> None:
+        """Save what is new, for as long as this runs. A disk that hangs costs a thread, and the counts."""
+        lane = Lane("save-traffic", 1)
+        while True:
+            await asyncio.sleep(interval)
+            if self._unsaved:
+                with contextlib.suppress(OSError):  # no thread now: in a while
+                    await lane.run(self.save)
 
     def save(self) -> None:
-        """Write the file; whoever reads it sees the old content or the new one. Never raises: it is only a hint."""
-        if self._path is None:
-            return
-        self._saved_at = self._clock()
-        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump({"at": self._at, "scores": self._scores}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
-        except OSError as error:
-            logger.warning("traffic is not remembered across restarts: %s", error)
-            self._path = None
+        """Add what is new to the file; whoever reads it sees the old content or the new one.
 
-    def _load(self, path: Path) -> None:
+        Blocks; for any thread. Never raises: it is only a hint.
+        """
+        if self._path is None or not self._unsaved:
+            return
+        with self._saving:
+            try:
+                with _locked(self._path):
+                    self._merge(self._path)
+                self._warned = False
+            except OSError as error:
+                if not self._warned:
+                    logger.warning("traffic is not remembered across restarts: %s", error)
+                self._warned = True
+
+    def _merge(self, path: Path) -> None:
+        saved = self._read(path)
+        with self._lock:
+            self._decay()
+            new, at = dict(self._unsaved), self._at
+        scores = {key: saved.get(key, 0.0) + new.get(key, 0.0) for key in saved.keys() | new.keys()}
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump({"at": at, "scores": scores}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        with self._lock:
+            self._decay()
+            # What was counted while the file was written stays unsaved.
+            self._unsaved = {key: n for key, score in self._unsaved.items() if (n := score - new.get(key, 0.0)) > 0.5}
+            self._scores = {
+                key: scores.get(key, 0.0) + self._unsaved.get(key, 0.0) for key in scores.keys() | self._unsaved.keys()
+            }
+
+    def _read(self, path: Path) -> dict[str, float]:
+        """The scores in the file, as of now; none when it cannot be read."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            self._scores = {str(key): float(score) for key, score in content["scores"].items()}
-            self._at = float(content["at"])
+            scores = {str(key): float(score) for key, score in content["scores"].items()}
+            return _faded(scores, self._clock() - float(content["at"]))
         except FileNotFoundError:
-            return
+            return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning("%s is not used, the traffic is counted anew: %s", path, error)
-            self._scores = {}
-        self._decay()
+            logger.warning("%s is not used, the traffic is counted from zero: %s", path, error)
+            return {}
 
     def _decay(self) -> None:
         now = self._clock()
         # A clock that was set back must not make old requests count more.
-        factor = 0.5 ** (max(0.0, now - self._at) / HALF_LIFE)
+        self._scores = _faded(self._scores, now - self._at)
+        self._unsaved = _faded(self._unsaved, now - self._at)
         self._at = now
-        self._scores = {key: score * factor for key, score in self._scores.items() if score * factor > 1e-3}
+
+
+def _faded(scores: dict[str, float], age: float) -> dict[str, float]:
+    factor = 0.5 ** (max(0.0, age) / HALF_LIFE)
+    return {key: score * factor for key, score in scores.items() if score * factor > 1e-3}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the file's lock against the other workers on this cache root. Raises OSError."""
+    lock = path.with_name(f".{path.name}.lock")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        deadline = time.monotonic() + _LOCK_WAIT
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def to_prewarm(wanted: str, menu: Menu, traffic: Traffic) -> list[Shape]:

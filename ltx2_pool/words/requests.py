@@ -14,6 +14,7 @@ from ltx2_pool.words.shapes import NOMINAL_HEIGHTS, Menu, Shape
 
 MAX_STEPS = 50
 MAX_SEED = 2**32 - 1
+MAX_USER_CHARS = 256
 OUTPUT_FORMATS = ("mp4",)
 
 
@@ -82,6 +83,8 @@ class Delivery:
 
     as_url: bool = False
     stream: bool = False
+    user: str = ""
+    """Whose request it is, as the client says; nobody's when empty."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,8 @@ def _delivery(request: VideoRequest, limits: Limits) -> Delivery:
         raise RequestError("response_format url is not available: this worker has no media store; use b64_json")
     if request.output_format is not None and request.output_format.lower() not in OUTPUT_FORMATS:
         raise RequestError(f"output_format {_quote(request.output_format)} is not supported: use mp4")
-    return Delivery(as_url=as_url, stream=bool(request.stream))
+    user = (request.user or "").strip()[:MAX_USER_CHARS]
+    return Delivery(as_url=as_url, stream=bool(request.stream), user=user)
 
 
 def _either(options: list[Any]) -> str:
