@@ -16,17 +16,15 @@ _COMPILERS = """
     LDFLAGS LD_LIBRARY_PATH LD_PRELOAD LIBRARY_PATH
 """
 _LIBRARIES = "ATEN_CPU_CAPABILITY HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE TOKENIZERS_PARALLELISM TRANSFORMERS_OFFLINE"
-_OF_TESTS = "COVERAGE_ COV_CORE_ LTX2_IMAGINARY"
-"""Their coverage, and the engine that they make up."""
-
+_LIBRARIES_OWN = """
+    CUBLAS CUDA_ CUDNN_ NCCL_ NVCC NVIDIA_
+    AOT_ FASTVIDEO_ INDUCTOR_ PYTORCH_ TORCH TRITON_
+    DNNL_ GOMP_ KMP_ MALLOC_ MKL_ OMP_ ONEDNN_ OPENBLAS_
+"""
+_TESTS_OWN = "COVERAGE_ COV_CORE_ LTX2_IMAGINARY"
+"""Of their coverage, and of the engine that they make up."""
 _NAMES = frozenset(f"{_SYSTEM} {_COMPILERS} {_LIBRARIES}".split())
-_PREFIXES = (
-    *"LC_ PYTHON".split(),
-    *"CUBLAS CUDA_ CUDNN_ NCCL_ NVCC NVIDIA_".split(),
-    *"AOT_ FASTVIDEO_ INDUCTOR_ PYTORCH_ TORCH TRITON_".split(),
-    *"DNNL_ GOMP_ KMP_ MALLOC_ MKL_ OMP_ ONEDNN_ OPENBLAS_".split(),
-    *_OF_TESTS.split(),
-)
+_PREFIXES = tuple(f"LC_ PYTHON {_LIBRARIES_OWN} {_TESTS_OWN}".split())
 _SECRET = re.compile(r"(^|_)(API|AUTH|CREDENTIALS?|KEY|PASS|PASSWD|PASSWORD|SECRET|TOKENS?)(_|$)")
 """Words in a name that announce a secret, whatever the name begins with: NVIDIA_API_KEY."""
 
