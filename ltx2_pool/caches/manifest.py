@@ -10,8 +10,6 @@ import functools
 import hashlib
 import importlib.metadata
 import os
-import platform
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ltx2_pool import __version__
+from ltx2_pool.words import device as devices
+from ltx2_pool.words.device import Device
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import CacheDirs, Shape
@@ -99,25 +99,28 @@ def describe(key: str, mismatches: list[Mismatch]) -> str:
     """What differs for one shape, and what to do, in one line."""
     shown = "; ".join(str(mismatch) for mismatch in mismatches[:3])
     more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-    return f"{key}: {shown}{more}. Mend it with: {WARM_UP_COMMAND.format(key=key)}"
+    return f"{key}: {shown}{more}. Fix it with: {WARM_UP_COMMAND.format(key=key)}"
 
 
-def binding(recipe: Recipe, shape: Shape) -> Binding:
-    """What a cache for this shape would be bound to if it was baked now, here. Raises OSError without a checkpoint."""
-    name, capability = device()
+def binding(recipe: Recipe, shape: Shape, on: Device | None = None) -> Binding:
+    """What a cache for this shape would be bound to if it was baked now, here, on a device: the first visible one.
+
+    Raises OSError without a checkpoint, DeviceError.
+    """
+    on = on or devices.visible()[0]
     return Binding(
         shape=shape.key,
         **{name: _version(name) for name in ("torch", "triton", "fastvideo", "transformers")},
         ltx2_pool=__version__,
-        device=name,
-        capability=capability,
+        device=on.name,
+        capability=on.capability,
         **recipe.model_dump(exclude={"model_path"}),
         model_config_digest=_config_digest(recipe.model_path),
     )
 
 
 def read(cache: CacheDirs) -> Manifest | None:
-    """The manifest of a directory, None when there is none. Raises ValueError when it can not be read."""
+    """The manifest of a directory, None when there is none. Raises ValueError when it cannot be read."""
     try:
         text = cache.manifest.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -147,9 +150,12 @@ def inspect(cache: CacheDirs, expected: Binding) -> list[Mismatch]:
     return mismatches or compare_files(manifest.files, list_files(cache))
 
 
-def check(cache_root: Path, recipe: Recipe, shapes: Iterable[Shape]) -> dict[str, list[Mismatch]]:
+def check(
+    cache_root: Path, recipe: Recipe, shapes: Iterable[Shape], on: Device | None = None
+) -> dict[str, list[Mismatch]]:
     """The shapes whose caches will not hit, by shape key, with how they differ. Reads every cache file."""
-    inspected = {s.key: inspect(CacheDirs.of(cache_root, s), binding(recipe, s)) for s in shapes}
+    on = on or devices.visible()[0]
+    inspected = {s.key: inspect(CacheDirs.of(cache_root, s), binding(recipe, s, on)) for s in shapes}
     return {key: mismatches for key, mismatches in inspected.items() if mismatches}
 
 
@@ -220,37 +226,20 @@ def _version(package: str) -> str:
 
 
 def device() -> tuple[str, str]:
-    """Name and compute capability of the first visible GPU; ``cpu`` and the architecture without one."""
-    gpu = _gpu()
-    return (gpu["name"], gpu["compute_cap"]) if gpu else ("cpu", platform.machine())
+    """Name and compute capability of the first visible device. Raises DeviceError."""
+    first = devices.visible()[0]
+    return first.name, first.capability
 
 
 def device_memory() -> int:
-    """Bytes of memory of the first visible GPU; 0 without one."""
-    return int(_gpu().get("memory.total", "0")) << 20
+    """Bytes of memory of the first visible GPU; 0 without one. Raises DeviceError."""
+    return devices.visible()[0].total
 
 
 def device_uuid() -> str | None:
-    """The first visible GPU's UUID; None without one."""
-    return _gpu().get("uuid")
-
-
-@functools.cache
-def _gpu() -> dict[str, str]:
-    """The first visible GPU, asked of the driver's own tool: no CUDA context in this process."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "":
-        return {}
-    fields = ("name", "compute_cap", "memory.total", "uuid")
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    if visible:
-        query.append(f"--id={visible.split(',')[0]}")
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-        values = [value.strip() for value in answer.splitlines()[0].split(",")]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return {}
-    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+    """The first visible GPU's UUID; None without one. Raises DeviceError."""
+    first = devices.visible()[0]
+    return first.id if first.is_gpu else None
 
 
 @functools.cache
