@@ -85,8 +85,8 @@ def visible(environment: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
 
     Indices count in CUDA's order. With CUDA_DEVICE_ORDER=PCI_BUS_ID that is the driver's. Without, CUDA puts the
     fastest first by a rule that it keeps to itself: here that is compute capability, then cores, then clock, then the
-    place on the bus. On a host with GPUs of one kind the two orders are the same. On a mixed one CUDA may disagree; UUIDs leave
-    no doubt.
+    place on the bus. On a host with GPUs of one kind the two orders are the same. On a mixed one CUDA may disagree;
+    UUIDs leave no doubt.
     """
     with _nvml() as nvml:
         gpus = [] if nvml is None else _gpus(nvml, environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID")
