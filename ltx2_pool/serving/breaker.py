@@ -1,42 +1,72 @@
-"""A circuit breaker: a shape whose processes keep dying at start is left alone for a while."""
+"""How the starts of one key have gone: when the next may be tried, and whether it is worth waiting for."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
+
+from ltx2_pool.serving.schedule import Pause
 
 THRESHOLD = 3
-"""Failures in a row that open the circuit."""
+"""Failed starts in a row that make a shape unavailable."""
 
 
-class Breaker:
-    """Counts the failed starts of one shape in a row. Open means: do not try now."""
+@dataclass(frozen=True)
+class Pauses:
+    """Seconds. Each pause is twice the one before, up to the longest."""
 
-    def __init__(self, first: float = 30, longest: float = 600, clock: Callable[[], float] = time.monotonic) -> None:
-        self._first = first
-        self._longest = longest
-        self._clock = clock
-        self._failures = 0
-        self._closed_at = 0.0
+    first: float = 30.0
+    """Of a shape that is unavailable."""
+    longest: float = 600.0
+    disturbed: float = 0.1
+    """After a start that something outside has ended: it says nothing about the shape, and its jobs wait."""
+    longest_disturbed: float = 10.0
 
-    def failed(self) -> None:
-        """A start failed. From the third in a row on the circuit opens, each time for twice as long."""
-        self._failures += 1
-        if self._failures >= THRESHOLD:
-            pause = self._first * 2.0 ** min(self._failures - THRESHOLD, 32)
-            self._closed_at = self._clock() + min(pause, self._longest)
+
+class Starts:
+    """Failed starts of one key in a row."""
+
+    def __init__(self, pauses: Pauses) -> None:
+        self._pauses = pauses
+        self._disturbances = 0
+        self._until = 0.0
+        self.failures = 0
+        self.error = ""
+        """Of the last start that failed."""
+
+    def failed(self, now: float, error: str) -> None:
+        """A start failed, and the shape may be why. The third in a row makes it unavailable for a while."""
+        self.failures += 1
+        self.error = error
+        if self.failures >= THRESHOLD:
+            pause = self._pauses.first * 2.0 ** min(self.failures - THRESHOLD, 32)
+            self._until = now + min(pause, self._pauses.longest)
+
+    def disturbed(self, now: float, error: str) -> None:
+        """A start was ended from outside, or the machine refused it: try again a little later."""
+        pause = self._pauses.disturbed * 2.0 ** min(self._disturbances, 32)
+        self._disturbances += 1
+        self.error = error
+        self._until = max(self._until, now + min(pause, self._pauses.longest_disturbed))
 
     def succeeded(self) -> None:
-        """A start worked: the count begins anew."""
-        self._failures = 0
-        self._closed_at = 0.0
+        """A start worked: counting starts over."""
+        self.failures = self._disturbances = 0
+        self._until = 0.0
+        self.error = ""
 
-    @property
-    def failures(self) -> int:
-        """Failed starts in a row."""
-        return self._failures
+    def remaining(self, now: float) -> float:
+        """Seconds until the next try."""
+        return max(0.0, self._until - now)
 
-    @property
-    def remaining(self) -> float:
-        """Seconds until the next try; 0 when the circuit is closed."""
-        return max(0.0, self._closed_at - self._clock())
+    def unavailable(self, now: float) -> bool:
+        """Whether jobs are refused until the next try."""
+        return self.failures >= THRESHOLD and self._until > now
+
+    def pause(self, now: float) -> Pause | None:
+        """What the decision is told; None when a start may be tried."""
+        if self._until <= now:
+            return None
+        if not self.unavailable(now):
+            return Pause(self._until)
+        first = self.error.splitlines()[0] if self.error else "unknown"
+        return Pause(self._until, f"unavailable after {self.failures} failed starts in a row, the last: {first}")

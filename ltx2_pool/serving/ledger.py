@@ -1,7 +1,8 @@
 """The ledger: who holds how much of which device, in which phase, and what each phase is known to take.
 
 A process holds one reservation on each of its devices, from the decision to start it until nothing of it is left. What
-it holds changes with its phase; a phase of which nobody knows what it takes is *unknown*, and runs alone there. The right to generate on a device, a lease, is no thing of its own that could be lost: it is a reservation in the phase
+it holds changes with its phase; a phase of which nobody knows what it takes is *unknown*, and runs alone there. The
+right to generate on a device, a lease, is no thing of its own that could be lost: it is a reservation in the phase
 GENERATING, and there are as many as `concurrency` says. Nothing here does I/O or reads a clock.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.shapes import Key
@@ -33,7 +34,19 @@ class Phase(enum.Enum):
     """It writes the file; the devices are the next job's."""
 
 
-ACTIVE = frozenset((Phase.LOADING, Phase.SPAWNING, Phase.GENERATING))
+ACTIVE = frozenset((Phase.LOADING, Phase.SPAWNING, Phase.GENERATING, Phase.ENCODING))
+"""Phases beside which nothing may be that has to be alone."""
+
+
+class Need(NamedTuple):
+    """What a phase takes on each device."""
+
+    least: int
+    """Bytes, if `unknown` at least."""
+    unknown: bool = False
+
+
+UNKNOWN = Need(0, True)
 
 
 @dataclass(slots=True, eq=False)
@@ -44,8 +57,8 @@ class Reservation:
     key: Key
     devices: tuple[str, ...]
     phase: Phase
-    held: int | None
-    """Bytes on each device; None: unknown."""
+    held: Need
+    """On each device."""
     hot: bool = False
     """It has made a video: nothing is left to compile."""
     ending: bool = False
@@ -82,8 +95,8 @@ class Room:
     claimed_active: int = 0
     claimed_alone: int = 0
 
-    def admits(self, need: int | None, own: int = 0, *, lease: bool, alone: bool = False, row: bool = False) -> bool:
-        """Whether something may begin now that takes `need` bytes, of which it holds `own` already.
+    def admits(self, need: Need, own: int = 0, *, lease: bool, alone: bool = False, row: bool = False) -> bool:
+        """Whether something may begin now that takes `need`, of which it holds `own` bytes already.
 
         `lease`: it needs one; `alone`: nothing else may be active; `row`: it is a new process.
         """
@@ -91,31 +104,31 @@ class Room:
             return False
         if row and self.places is not None and self.places <= self.claimed_rows:
             return False
-        if (alone or need is None or self.budget is None) and (self.active or self.claimed_active):
+        if (alone or need.unknown) and (self.active or self.claimed_active):
             return False
-        if need is None or self.budget is None:
-            return True
-        if self.rows == (0 if row else 1) and not self.claimed_rows:
+        if self.rows == (0 if row else 1) and not self.claimed_active:
             return True  # the only process there is: the one way to know whether it fits is to try
-        held = self.held - own + need
+        if self.budget is None:
+            return False
+        held = self.held - own + need.least
         return held <= self.budget and held - self.ending + self.claimed <= self.budget
 
-    def take(self, need: int | None, own: int = 0, *, lease: bool, row: bool = False) -> None:
+    def take(self, need: Need, own: int = 0, *, lease: bool, row: bool = False) -> None:
         """It begins."""
-        self.held += (need or 0) - own
+        self.held += need.least - own
         self.active += 1
-        self.unknown += need is None
+        self.unknown += need.unknown
         self.leases -= lease
         if row:
             self.rows += 1
             if self.places is not None:
                 self.places -= 1
 
-    def claim(self, need: int | None, own: int = 0, *, lease: bool, alone: bool = False, row: bool = False) -> None:
+    def claim(self, need: Need, own: int = 0, *, lease: bool, alone: bool = False, row: bool = False) -> None:
         """It has to wait, and no younger job may take what it waits for."""
-        self.claimed += max(0, (need or 0) - own)
+        self.claimed += max(0, need.least - own)
         self.claimed_active += 1
-        self.claimed_alone += need is None or alone
+        self.claimed_alone += need.unknown or alone
         self.leases -= lease
         self.claimed_rows += row
 
@@ -136,6 +149,9 @@ class _Known:
     """What running out of memory says that the peak is at least; sinks again with every video that is made."""
 
 
+_NOTHING = _Known(0)
+
+
 class Ledger:
     """Reservations by device, process and phase, within what each device has for us."""
 
@@ -153,6 +169,10 @@ class Ledger:
         self._uses = 0
         self.reservations: dict[int, Reservation] = {}
 
+    def budget(self, device: str) -> int | None:
+        """Bytes that processes may hold there together; None where that is not known."""
+        return self._budgets[device]
+
     @property
     def devices(self) -> tuple[str, ...]:
         """In the order in which they were given."""
@@ -163,14 +183,14 @@ class Ledger:
         if free is None:
             self._budgets[device] = None
         else:
-            held = sum(r.held or 0 for r in self.reservations.values() if device in r.devices and not r.ending)
+            held = sum(r.held.least for r in self.reservations.values() if device in r.devices and not r.ending)
             self._budgets[device] = max(0, free + held - reserve)
 
     def reserve(self, number: int, key: Key, devices: tuple[str, ...]) -> Reservation:
         """A process will be started on these devices."""
         loading = any(self._budgets[device] is None for device in devices)
         phase = Phase.LOADING if loading else Phase.SPAWNING
-        entry = Reservation(number, key, devices, phase, None if loading else self.need(key, phase))
+        entry = Reservation(number, key, devices, phase, self.need(key, phase))
         self.reservations[number] = entry
         return entry
 
@@ -192,13 +212,13 @@ class Ledger:
             device: Room(budget, self._concurrency, self._max_processes) for device, budget in self._budgets.items()
         }
         for entry in self.reservations.values():
-            held, active = entry.held or 0, entry.phase in ACTIVE
+            held, active = entry.held.least, entry.phase in ACTIVE
             for device in entry.devices:
                 room = rooms[device]
                 room.rows += 1
                 room.held += held
                 room.active += active
-                room.unknown += entry.held is None
+                room.unknown += entry.held.unknown
                 room.leases -= entry.phase is Phase.GENERATING
                 if room.places is not None:
                     room.places -= 1
@@ -207,36 +227,42 @@ class Ledger:
                     room.ending_rows += 1
         return rooms
 
-    def need(self, key: Key, phase: Phase) -> int | None:
-        """Bytes that the phase takes; None: unknown.
+    def need(self, key: Key, phase: Phase) -> Need:
+        """What the phase takes.
 
         A shape that was never measured takes at most what a measured one of the same variant takes that is as large
         or larger: memory grows with pixels and frames.
         """
         if phase is Phase.LOADING:
-            return None
-        known = self._known.get(key)
+            return UNKNOWN
+        known = self._known.get(key) or _NOTHING
         if phase is Phase.IDLE:
-            return known.idle if known is not None else self._bound(key, Phase.IDLE)
-        if known is None or known.peak is None:
-            bound = self._bound(key, phase)
-            return max(bound or 0, known.raised) if known is not None and known.raised else bound
+            return Need(known.idle)
         if phase is Phase.ENCODING and known.encoding is not None:
-            return known.encoding
-        return max(known.peak, known.raised)
+            return Need(known.encoding)
+        peak = known.peak if known.peak is not None else self._bound(key)
+        if peak is None or (known.peak is None and known.raised > peak):
+            return Need(known.raised, True)
+        return Need(max(peak, known.raised))
 
-    def _bound(self, key: Key, phase: Phase) -> int | None:
-        bounds = []
-        for other, known in self._known.items():
-            if other.variant == key.variant and other.shape.voxels >= key.shape.voxels and known.peak is not None:
-                bounds.append(known.idle if phase is Phase.IDLE else max(known.peak, known.raised))
-        return min(bounds) if bounds else None
+    def _bound(self, key: Key) -> int | None:
+        return min(
+            (
+                max(known.peak, known.raised)
+                for other, known in self._known.items()
+                if known.peak is not None and other.variant == key.variant and other.shape.voxels >= key.shape.voxels
+            ),
+            default=None,
+        )
 
-    def observe(self, key: Key, memory: Memory) -> None:
-        """A process of this key said what it held: in its last phase at most, and now."""
+    def observe(self, key: Key, memory: Memory, *, made: bool = True) -> None:
+        """A process of this key said what it held: in its last phase at most, and now.
+
+        `made`: a video was made; the peak of an attempt says too little.
+        """
         known = self._known.setdefault(key, _Known(0))
         known.idle = memory.resident + memory.weights
-        if memory.generated:
+        if made and memory.generated:
             peak = max(memory.peak, memory.resident) + memory.weights
             known.peak = max(peak, known.peak or 0)
             known.encoding = None if memory.encoding is None else memory.encoding + memory.weights
@@ -246,9 +272,9 @@ class Ledger:
     def ran_out(self, entry: Reservation) -> None:
         """Memory ran out in the process's phase: it takes more than it was thought to, and than there was."""
         known = self._known.setdefault(entry.key, _Known(0))
-        known.raised = int(max(known.peak or 0, known.raised, entry.held or 0) * _RAISE)
+        known.raised = int(max(known.peak or 0, known.raised, entry.held.least) * _RAISE)
         for device in entry.devices:
-            others = [r.held or 0 for r in self.reservations.values() if r is not entry and device in r.devices]
+            others = [r.held.least for r in self.reservations.values() if r is not entry and device in r.devices]
             if others and (budget := self._budgets[device]) is not None:
                 known.raised = max(known.raised, budget - sum(others) + 1)
 
@@ -277,7 +303,7 @@ class Ledger:
         """Bytes of processes of these keys side by side, while the most demanding one generates; unknown is 0."""
         idle = above = 0
         for key in keys:
-            resident = self.need(key, Phase.IDLE) or 0
+            resident = self.need(key, Phase.IDLE).least
             idle += resident
-            above = max(above, (self.need(key, Phase.GENERATING) or 0) - resident)
+            above = max(above, self.need(key, Phase.GENERATING).least - resident)
         return idle + above

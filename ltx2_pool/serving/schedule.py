@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ltx2_pool.serving.ledger import Ledger, Phase, Reservation, Room
+from ltx2_pool.serving.ledger import Ledger, Need, Phase, Reservation, Room
 from ltx2_pool.words.shapes import Key
 
 
@@ -170,7 +170,7 @@ class _Decision:
         """The job's process is idle: start, or claim what is missing."""
         self._wanted.add(job.key)
         phase = Phase.GENERATING if process.hot else Phase.SPAWNING
-        need, own = self._ledger.need(job.key, phase), process.held or 0
+        need, own = self._ledger.need(job.key, phase), process.held.least
         rooms = [self._rooms[device] for device in process.devices]
         lease = process.hot
         if all(room.admits(need, own, lease=lease, alone=job.alone) for room in rooms):
@@ -178,21 +178,10 @@ class _Decision:
                 room.take(need, own, lease=lease)
             self._actions.append(Start(job, process, phase))
             return
-        if need is not None:
-            for device in process.devices:
-                if self._leaves_too_little(device, process, need):
-                    self._make_room(job, device, need, process)
+        for device in process.devices:
+            self._make_room(job, device, need.least, process)
         for room in rooms:
             room.claim(need, own, lease=lease, alone=job.alone)
-
-    def _leaves_too_little(self, device: str, process: Reservation | None, need: int) -> bool:
-        """Whether the device lacks `need` bytes even when everything that works on it has become idle."""
-        room = self._rooms[device]
-        if room.budget is None:
-            return False
-        others = [r for r in self._on(device) if r is not process]
-        idle = sum(self._ledger.need(r.key, Phase.IDLE) or 0 for r in others)
-        return bool(others) and idle + need > room.budget
 
     def _find_room(self, job: Waiting) -> None:
         """No process serves the job's key: start one, make room for one, or claim it."""
@@ -231,19 +220,19 @@ class _Decision:
         self._rooms[device].claim(need, lease=False, alone=job.alone, row=True)
 
     def _make_room(self, job: Waiting, device: str, need: int, process: Reservation) -> None:
-        """A job whose process is idle lacks memory for good: idle processes must go."""
+        """Where the job's idle process would lack memory even beside idle ones only, some of those must go."""
         room = self._rooms[device]
         stay = [r for r in self._on(device) if r is not process]
-        idle = sum(self._ledger.need(r.key, Phase.IDLE) or 0 for r in stay)
+        idle = self._idle(stay)
         victims: list[Reservation] = []
         for victim in sorted((r for r in stay if r.idle and r.key not in self._wanted), key=self._precious):
             if room.budget is None or idle + need <= room.budget:
                 break
-            idle -= self._ledger.need(victim.key, Phase.IDLE) or 0
+            idle -= self._idle([victim])
             victims.append(victim)
         self._evict(victims, device, job)
 
-    def _place(self, key: Key, need: int | None, alone: bool = False) -> str | None:
+    def _place(self, key: Key, need: Need, alone: bool = False) -> str | None:
         """The device with the most room among those where a process of this key may start now."""
         best, most = None, -1
         for device, room in self._rooms.items():
@@ -259,7 +248,7 @@ class _Decision:
         others = [r.key for r in self._on(device) if r not in without]
         return room.budget is None or not others or self._ledger.steady([*others, key]) <= room.budget
 
-    def _victims(self, job: Waiting, device: str, need: int | None) -> list[Reservation] | None:
+    def _victims(self, job: Waiting, device: str, need: Need) -> list[Reservation] | None:
         """The idle processes that must go so that one of the job's key can start once the working ones are done.
 
         None: those that may go are not enough.
@@ -270,8 +259,8 @@ class _Decision:
         while True:
             stays = [r for r in self._on(device) if r not in victims]
             places = room.places is None or room.places + room.ending_rows + len(victims) > room.claimed_rows
-            idle = sum(self._ledger.need(r.key, Phase.IDLE) or 0 for r in stays)
-            fits = need is None or room.budget is None or not stays or idle + room.claimed + need <= room.budget
+            idle = self._idle(stays)
+            fits = room.budget is None or not stays or idle + room.claimed + need.least <= room.budget
             if places and fits and self._lasts(device, job.key, victims):
                 return victims
             victim = next(candidates, None)
@@ -287,6 +276,10 @@ class _Decision:
             return [r for r in idle if r.key not in self._awaited]
         return idle
 
+    def _idle(self, processes: Sequence[Reservation]) -> int:
+        """Bytes that they hold between two jobs."""
+        return sum(self._ledger.need(r.key, Phase.IDLE).least for r in processes)
+
     def _precious(self, process: Reservation) -> tuple[bool, int]:
         """The least first."""
         return process.key in self._awaited, process.used
@@ -299,10 +292,10 @@ class _Decision:
         for victim in victims:
             self._going.add(victim.id)
             for each in victim.devices:
-                self._rooms[each].release(victim.held or 0)
+                self._rooms[each].release(victim.held.least)
             self._actions.append(Evict(victim, f"room for {job.key} on {device}"))
 
-    def _spawn(self, key: Key, device: str, need: int | None, *, warm: bool, why: str) -> None:
+    def _spawn(self, key: Key, device: str, need: Need, *, warm: bool, why: str) -> None:
         room: Room = self._rooms[device]
         room.take(need, lease=False, row=True)
         self._actions.append(Spawn(key, (device,), warm, why))

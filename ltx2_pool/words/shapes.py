@@ -96,6 +96,12 @@ class Key:
     variant: str = ""
     """Empty for the only one there is."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.shape, self.variant)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]  # the decision looks keys up all the time
+
     def __str__(self) -> str:
         return f"{self.shape.key}/{self.variant}" if self.variant else self.shape.key
 

@@ -1,0 +1,372 @@
+"""The book: every job and every process of the pool, and what each event does to them. Pure, like the decision.
+
+An event is a method; what follows for a client comes out through its ticket, exactly once. No I/O, no tasks, and no
+clock but the times passed in: the property test drives this very class through its histories, :mod:`pool` through one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ltx2_pool.serving.breaker import Pauses, Starts
+from ltx2_pool.serving.ledger import Ledger, Phase, Reservation
+from ltx2_pool.serving.schedule import Action, Evict, Pause, Refuse, Spawn, Start, State, Turns, Waiting, Wake, decide
+from ltx2_pool.words.outcomes import (
+    SHAPES_OWN_FAULT,
+    JobFailed,
+    Poisonous,
+    PoolClosed,
+    ProcessLost,
+    QueueFull,
+    Rejected,
+    Unavailable,
+    Video,
+)
+from ltx2_pool.words.protocol import Memory
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import Key
+
+FAULTS = 2
+"""Processes that a job may have ended before it fails, and its parameters are refused for a while."""
+LOSSES = 10
+"""Processes that a job may lose through no fault of its own before it is given up."""
+POISON_SECONDS = 600.0
+_MAX_POISONS = 1000
+
+Answer = Video | Exception
+Charge = Literal["dropped", "retry", "failed", "poisoned"]
+"""What a loss does to its job: nobody waited for it, it is tried again, it failed, it and its equals are refused."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the pool admits."""
+
+    max_queue: int = 64
+    max_queue_per_shape: int = 32
+    max_queue_per_user: int | None = None
+    """None: three quarters of `max_queue`."""
+    job_timeout: float = 3600
+    """Seconds from admission to the video."""
+    patience: float = 20
+    """Seconds for which hot jobs may pass one that needs another's room."""
+
+    @property
+    def per_user(self) -> int:
+        return self.max_queue_per_user or max(1, self.max_queue * 3 // 4)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Ticket(Waiting):
+    """One admitted job on its way."""
+
+    job: Job
+    user: str
+    settle: Callable[[Answer], None]
+    """Called once, with the video or with why there is none."""
+    answered: bool = False
+    process: Reservation | None = None
+    """Where it is being made."""
+    faults: int = 0
+    losses: int = 0
+    attempts: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.turn, self.number
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A process to start; its reservation is made. `warm`: with a warm-up video."""
+
+    process: Reservation
+    warm: bool
+    why: str
+
+
+@dataclass
+class Book:
+    """The pool's state. `keys` is what may be asked for, `ahead` what is started before anybody asks."""
+
+    ledger: Ledger
+    limits: Limits = field(default_factory=Limits)
+    keys: Sequence[Key] = ()
+    ahead: Sequence[Key] = ()
+    pauses: Pauses = field(default_factory=Pauses)
+    decide: Callable[[State], list[Action]] = decide
+
+    def __post_init__(self) -> None:
+        self.waiting: list[Ticket] = []
+        """In the order in which they are served."""
+        self.running: dict[int, Ticket] = {}
+        """By the process that makes it."""
+        self.closing = False
+        self.starts: dict[Key, Starts] = {}
+        self._turns = Turns()
+        self._numbers = itertools.count()
+        self._process_numbers = itertools.count()
+        self._poisons: OrderedDict[Job, float] = OrderedDict()
+        self._seconds: dict[Key, float] = {}
+        self._spawn_seconds: dict[Key, float] = {}
+
+    # Jobs come and go.
+
+    def admit(self, job: Job, key: Key, user: str, settle: Callable[[Answer], None], now: float) -> Ticket:
+        """Take a job in. Raises a Rejected; nothing has then happened."""
+        if self.closing:
+            raise PoolClosed("the worker is shutting down")
+        poisoned_until = self._poisons.get(parameters(job))
+        if poisoned_until is not None:
+            if (left := poisoned_until - now) > 0:
+                raise _poisonous(left)
+            del self._poisons[parameters(job)]
+        starts = self.starts.get(key)
+        if starts is not None and starts.unavailable(now) and not self._serves(key):
+            raise _unavailable(key, starts.pause(now), now)
+        limits = self.limits
+        of_shape = sum(ticket.key == key for ticket in self.waiting)
+        of_user = sum(ticket.user == user for ticket in self.waiting)
+        for reason, count, limit in (
+            ("queue_full", len(self.waiting), limits.max_queue),
+            ("shape_queue_full", of_shape, limits.max_queue_per_shape),
+            ("user_queue_full", of_user, limits.per_user),
+        ):
+            if count >= limit:
+                raise QueueFull(reason, count, self.expected_wait(now))
+        ticket = Ticket(
+            number=next(self._numbers), key=key, since=now, turn=self._turns.next(user), job=job, user=user,
+            settle=settle,
+        )  # fmt: skip
+        insort(self.waiting, ticket, key=_order)
+        return ticket
+
+    def give_up(self, ticket: Ticket) -> Reservation | None:
+        """Nobody waits for the job any more. Returns the process that makes it now and should be told."""
+        ticket.answered = True
+        if ticket.process is not None:
+            return ticket.process
+        if ticket in self.waiting:
+            self.waiting.remove(ticket)
+        return None
+
+    def close(self) -> None:
+        """Admit nothing more."""
+        self.closing = True
+
+    def settle_all(self, make_error: Callable[[], Exception]) -> None:
+        """Answer every job that is not answered yet; those that run are dropped when their process is done."""
+        for ticket in (*self.waiting, *self.running.values()):
+            self._answer(ticket, make_error())
+        self.waiting.clear()
+
+    # Processes begin, report and end.
+
+    def ready(self, process: Reservation, memory: Memory, seconds: float) -> None:
+        """A process takes jobs; its start took that many seconds."""
+        self.starts.pop(process.key, None)
+        self.ledger.observe(process.key, memory)
+        process.hot = process.hot or memory.generated
+        if not process.ending:
+            self.ledger.enter(process, Phase.IDLE)
+        self._spawn_seconds[process.key] = seconds
+
+    def start_failed(self, process: Reservation, lost: ProcessLost, now: float) -> bool:
+        """A process was lost before it took jobs. Returns whether that is held against the shape."""
+        alone = len(self.ledger.reservations) == 1
+        if lost.reason == "oom":
+            self.ledger.ran_out(process)
+            for ticket in self.waiting:
+                if ticket.key == process.key:
+                    ticket.alone = True
+                    break
+        process.ending = True
+        starts = self.starts.setdefault(process.key, Starts(self.pauses))
+        guilty = lost.reason in SHAPES_OWN_FAULT and (lost.reason != "oom" or alone)
+        if guilty:
+            starts.failed(now, str(lost))
+        elif lost.reason != "helper":  # those have a pause of their own
+            starts.disturbed(now, str(lost))
+        return guilty
+
+    def encoding(self, process: Reservation) -> None:
+        """The devices are done with the job: the next one may have them."""
+        if not process.ending and process.phase is not Phase.ENCODING:
+            process.hot = True
+            self.ledger.enter(process, Phase.ENCODING)
+
+    def done(self, process: Reservation, memory: Memory, video: Video, seconds: float) -> bool:
+        """The process made its job's video, in that many seconds. Returns False when nobody wants it."""
+        ticket = self.running.pop(process.id)
+        wanted = not ticket.answered
+        before = self._seconds.get(process.key, seconds)
+        self._seconds[process.key] = (before + seconds) / 2
+        self._free(process, memory, made=True)
+        self._answer(ticket, video)
+        return wanted
+
+    def failed(self, process: Reservation, error: JobFailed | Rejected) -> None:
+        """The process made no video, and serves on."""
+        ticket = self.running.pop(process.id)
+        self._free(process, error.memory if isinstance(error, JobFailed) else None, made=False)
+        self._answer(ticket, error)
+
+    def _free(self, process: Reservation, memory: Memory | None, *, made: bool) -> None:
+        if memory is not None:
+            self.ledger.observe(process.key, memory, made=made)
+        process.hot = process.hot or made
+        if not process.ending:
+            self.ledger.enter(process, Phase.IDLE)
+
+    def lost(self, process: Reservation, lost: ProcessLost, now: float) -> Charge | None:
+        """A process that took jobs is lost, or will be in a moment. Says what became of its job; None without one."""
+        ticket = self.running.pop(process.id, None)
+        alone = len(self.ledger.reservations) == 1
+        if lost.memory is not None:
+            self.ledger.observe(process.key, lost.memory, made=False)
+        if lost.reason == "oom":
+            self.ledger.ran_out(process)
+        process.ending = True
+        if ticket is None:
+            return None
+        ticket.process = None
+        if ticket.answered:
+            return "dropped"
+        ticket.losses += 1
+        ticket.faults += lost.jobs_fault
+        if ticket.faults >= FAULTS:
+            self._poison(ticket.job, now)
+            self._answer(ticket, lost)
+            return "poisoned"
+        hopeless = lost.reason == "oom" and ticket.alone and alone
+        if hopeless or ticket.losses >= LOSSES or (lost.reason == "gen_timeout" and lost.jobs_fault):
+            self._answer(ticket, lost)
+            return "failed"
+        ticket.alone = ticket.alone or lost.reason == "oom"
+        insort(self.waiting, ticket, key=_order)
+        return "retry"
+
+    def end(self, process: Reservation) -> None:
+        """The process is told to end, or has ended; its devices are not free yet."""
+        process.ending = True
+
+    def gone(self, process: Reservation) -> None:
+        """Nothing is left of the process."""
+        self.ledger.release(process)
+
+    # The decision.
+
+    def next_actions(self, now: float, helpers: Pause | None = None) -> list[Start | Begin | Evict | Refuse | Wake]:
+        """What to do now. What that changes in the book is changed already: the list only has to be carried out."""
+        paused = {}
+        for key, starts in self.starts.items():
+            if (pause := starts.pause(now)) is not None:
+                paused[key] = pause
+        ahead: Sequence[Key] = () if self.closing else self.ahead
+        if not self.closing and not self.able(now, helpers):
+            ahead = (*ahead, *(key for key in self.starts if key not in ahead))  # or it would never learn that it can
+        todo: list[Start | Begin | Evict | Refuse | Wake] = []
+        for action in self.decide(
+            State(now, self.waiting[:], self.ledger, paused, helpers, ahead, self.limits.patience)
+        ):
+            match action:
+                case Spawn():
+                    process = self.ledger.reserve(next(self._process_numbers), action.key, action.devices)
+                    todo.append(Begin(process, action.warm, action.why))
+                    continue
+                case Start():
+                    self._start(action)
+                case Evict():
+                    action.process.ending = True
+                case Refuse():
+                    ticket = action.job
+                    assert isinstance(ticket, Ticket)
+                    self.waiting.remove(ticket)
+                    self._answer(ticket, _unavailable(ticket.key, helpers or paused.get(ticket.key), now))
+            todo.append(action)
+        return todo
+
+    def _start(self, action: Start) -> None:
+        ticket = action.job
+        assert isinstance(ticket, Ticket)
+        self.waiting.remove(ticket)
+        self._turns.serve(ticket.turn)
+        ticket.process = action.process
+        ticket.attempts += 1
+        self.running[action.process.id] = ticket
+        self.ledger.enter(action.process, action.phase)
+
+    # What can be said.
+
+    def able(self, now: float, helpers: Pause | None = None) -> bool:
+        """Whether some video could be made: a process serves, or a start is worth a try."""
+        if any(not r.ending for r in self.ledger.reservations.values()):
+            return True
+        if helpers is not None and helpers.refuse and helpers.until > now:
+            return False
+        return not self.keys or any(
+            key not in self.starts or not self.starts[key].unavailable(now) for key in self.keys
+        )
+
+    def unavailable(self, now: float) -> dict[Key, float]:
+        """Keys whose jobs are refused, and for how many seconds more."""
+        return {key: starts.remaining(now) for key, starts in self.starts.items() if starts.unavailable(now)}
+
+    def hot_enough(self, minimum: int) -> bool:
+        """Whether `minimum` of the keys to start ahead are hot, or nothing more can become so for the moment."""
+        ahead = set(self.ahead)
+        live = [r for r in self.ledger.reservations.values() if r.key in ahead and not r.ending]
+        ready = sum(r.phase not in (Phase.LOADING, Phase.SPAWNING) for r in live)
+        if ready >= min(minimum, len(ahead)):
+            return True
+        return ready > 0 and ready == len(live)
+
+    def expected_wait(self, now: float) -> float:
+        """Seconds that a job admitted now would wait for the jobs before it, by what their shapes took lately."""
+        leases = sum(max(1, room.leases) for room in self.ledger.rooms().values())
+        jobs = Counter(ticket.key for ticket in (*self.waiting, *self.running.values()))
+        work = sum(self._seconds.get(key, 0.0) * count for key, count in jobs.items())
+        cold = sum(self._spawn_seconds.get(key, 0.0) for key in jobs if not self._serves(key))
+        return work / leases + cold
+
+    def _serves(self, key: Key) -> bool:
+        return any(r.key == key and not r.ending for r in self.ledger.reservations.values())
+
+    def _poison(self, job: Job, now: float) -> None:
+        """Refuse these parameters for a while, to the equal jobs that wait already as well."""
+        poison = parameters(job)
+        self._poisons[poison] = now + POISON_SECONDS
+        if len(self._poisons) > _MAX_POISONS:
+            self._poisons.popitem(last=False)
+        for ticket in [ticket for ticket in self.waiting if parameters(ticket.job) == poison]:
+            self.waiting.remove(ticket)
+            self._answer(ticket, _poisonous(POISON_SECONDS))
+
+    def _answer(self, ticket: Ticket, answer: Answer) -> None:
+        if not ticket.answered:
+            ticket.answered = True
+            ticket.settle(answer)
+
+
+def parameters(job: Job) -> Job:
+    """The job without what makes it one of a kind."""
+    return replace(job, id="")
+
+
+def _order(ticket: Ticket) -> tuple[int, int]:
+    return ticket.order
+
+
+def _poisonous(seconds: float) -> Poisonous:
+    return Poisonous(f"a job with these parameters ended {FAULTS} processes; refused for {seconds:.0f} s more")
+
+
+def _unavailable(key: Key, pause: Pause | None, now: float) -> Unavailable:
+    left = max(0.0, pause.until - now) if pause is not None else None
+    why = pause.refuse if pause is not None and pause.refuse else "its processes do not start"
+    return Unavailable(f"{key} is {why}" + (f"; the next try is in {left:.0f} s" if left is not None else ""), left)

@@ -1,0 +1,310 @@
+"""Random histories of the book, the ledger and the decision, with every kind of event, and what must hold in each.
+
+A history is made from a number, so one that fails can be run again: ``python -m tests.serving.histories NUMBER``.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ltx2_pool.serving import schedule
+from ltx2_pool.serving.book import FAULTS, Begin, Book, Limits, Ticket, parameters
+from ltx2_pool.serving.breaker import Pauses
+from ltx2_pool.serving.ledger import ACTIVE, Ledger, Phase, Reservation
+from ltx2_pool.serving.schedule import Evict, Start
+from ltx2_pool.words.outcomes import JobFailed, Poisonous, PoolClosed, ProcessLost, Rejected, Video
+from ltx2_pool.words.protocol import Memory
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import Key, Shape
+
+KEYS = [Key(Shape(32 * n, 32, 9)) for n in range(1, 5)]
+PROMPTS = ("a", "b", "c", "d")
+MEMORIES = {(idle, peak): Memory(resident=idle, peak=peak) for idle in range(4) for peak in range(61)}
+INNOCENT = ("killed", "weights_lost", "silent", "send_failed", "oom")
+GUILTY = ("gen_eof", "cuda_fault", "parse_error", "desync")
+STARTS = ("spawn_eof", "spawn_timeout", "killed", "system", "weights_lost", "oom")
+VIDEO = Video(None, 0, {})  # type: ignore[arg-type]
+Decide = Callable[[schedule.State], list[schedule.Action]]
+
+
+class Broken(AssertionError):
+    """Something that must hold does not."""
+
+
+@dataclass(slots=True)
+class Life:
+    """One process of the world."""
+
+    process: Reservation
+    stage: str = "starting"
+    """starting, idle, given (a job), begun (its first phase), writing, ending."""
+
+
+class World:
+    """Makes events happen to a book, and looks at it after each."""
+
+    def __init__(self, number: int, decide: Decide = schedule.decide) -> None:
+        self.random = random.Random(number)
+        pick = self.random.random
+        self.devices = ("d0", "d1") if pick() < 0.4 else ("d0",)
+        self.concurrency = 1 if pick() < 0.7 else 2
+        self.budget = self.random.randrange(20, 80)
+        self.max_processes = None if pick() < 0.6 else self.random.randrange(1, 4)
+        self.lends = pick() < 0.3
+        self.keys = KEYS[: self.random.randrange(2, 5)]
+        peaks = sorted(self.random.randrange(3, 60) for _ in self.keys)  # a larger shape takes more
+        self.true = dict(zip(self.keys, ((self.random.randrange(3), peak) for peak in peaks), strict=True))
+        self.ledger = Ledger(
+            dict.fromkeys(self.devices, None if self.lends else self.budget),
+            concurrency=self.concurrency,
+            max_processes=self.max_processes,
+        )
+        for key in self.keys:
+            if pick() < 0.7:
+                self.ledger.observe(key, MEMORIES[self.true[key]])
+        ahead = self.keys if pick() < 0.3 else ()
+        limits = Limits(8, 5, 6, patience=3.0)
+        self.book = Book(self.ledger, limits, self.keys, ahead, Pauses(2.0, 8.0, 0.1, 1.0), decide=decide)
+        self.now = 0.0
+        self.wake: float | None = None
+        self.lives: dict[int, Life] = {}
+        self.tickets: list[Ticket] = []
+        self.answers: Counter[int] = Counter()
+        self.cancelled: set[int] = set()
+        self.faults: Counter[Job] = Counter()
+        self.passes: Counter[int] = Counter()
+        self.kind: Counter[str] = Counter()
+
+    # Events.
+
+    def arrive(self) -> None:
+        key = self.keys[int(self.random.random() * len(self.keys))]
+        number = len(self.tickets)
+        job = Job(str(number), key.shape, PROMPTS[int(self.random.random() * 4)], 1, 2, 1.0, 24)
+
+        def settle(answer: object) -> None:
+            self.answers[number] += 1
+            if isinstance(answer, Poisonous):
+                self.innocent_unless(self.faults[parameters(job)] >= FAULTS)
+
+        try:
+            ticket = self.book.admit(job, key, PROMPTS[int(self.random.random() * 3)], settle, self.now)
+        except Poisonous:
+            self.innocent_unless(self.faults[parameters(job)] >= FAULTS)
+        except Rejected:
+            self.kind["rejected"] += 1
+        else:
+            self.tickets.append(ticket)
+
+    def innocent_unless(self, guilty: bool) -> None:
+        if not guilty:
+            raise Broken("an innocent job was called poison")
+
+    def cancel(self) -> None:
+        open_ = [ticket for ticket in self.tickets[-6:] if not ticket.answered]
+        if open_:
+            ticket = open_[int(self.random.random() * len(open_))]
+            self.cancelled.add(ticket.number)
+            self.book.give_up(ticket)
+
+    def advance(self, life: Life, good: bool) -> None:
+        """What comes next in the life of a process: as it should, or not."""
+        process, roll = life.process, 0.0 if good else self.random.random()
+        memory = MEMORIES[self.true[process.key]]
+        if life.stage == "ending":
+            self.book.gone(process)
+            del self.lives[process.id]
+        elif life.stage == "starting":
+            if roll < 0.7:
+                if self.lends:
+                    for device in process.devices:
+                        if self.ledger.budget(device) is None:
+                            self.ledger.set_budget(device, self.budget)
+                self.book.ready(process, memory, 1.0)
+                life.stage = "ending" if process.ending else "idle"
+            else:
+                reason = STARTS[int(self.random.random() * len(STARTS))]
+                self.kind[f"start {reason}"] += 1
+                self.book.start_failed(process, ProcessLost("p", reason, "w"), self.now)
+                life.stage = "ending"
+        elif roll >= 0.8:
+            self.lose(life)
+        elif life.stage == "given":
+            if roll < 0.7:
+                life.stage = "begun"
+            else:
+                self.book.failed(process, JobFailed(process.key, "soft", "no", memory))
+                life.stage = "idle"
+        elif life.stage == "begun":
+            self.book.encoding(process)
+            life.stage = "writing"
+        elif life.stage == "writing":
+            self.book.done(process, memory, VIDEO, 1.0)
+            life.stage = "idle"
+        if life.stage == "idle" and process.ending:
+            life.stage = "ending"
+
+    def lose(self, life: Life) -> None:
+        process = life.process
+        began = life.stage in ("begun", "writing")
+        reasons = INNOCENT if self.random.random() < 0.5 else GUILTY
+        lost = ProcessLost("p", reasons[int(self.random.random() * len(reasons))], "w", began=began)
+        ticket = self.book.running.get(process.id)
+        if ticket is not None and lost.jobs_fault and not ticket.answered:
+            self.faults[parameters(ticket.job)] += 1
+        charge = self.book.lost(process, lost, self.now)
+        self.kind[f"{life.stage} {lost.reason}"] += 1
+        if charge == "poisoned":
+            assert ticket is not None
+            self.innocent_unless(self.faults[parameters(ticket.job)] >= FAULTS)
+        life.stage = "ending"
+
+    def lose_weights(self) -> None:
+        for device in self.devices:
+            self.ledger.set_budget(device, None)
+        for life in self.lives.values():
+            if life.stage == "starting":
+                self.book.start_failed(life.process, ProcessLost("p", "weights_lost", "w"), self.now)
+            elif life.stage != "ending":
+                self.book.lost(life.process, ProcessLost("p", "weights_lost", "w"), self.now)
+            life.stage = "ending"
+
+    # The decision, and what must hold after it.
+
+    def decide(self) -> None:
+        before = [(ticket.order, ticket) for ticket in self.book.waiting]
+        idle = {r.key: r for r in self.ledger.reservations.values() if r.idle and r.hot}
+        releasing = {r.devices for r in self.ledger.reservations.values() if r.ending}
+        self.wake = None
+        started: list[Ticket] = []
+        for action in self.book.next_actions(self.now, None):
+            if isinstance(action, Start):
+                life = self.lives[action.process.id]
+                if life.stage != "idle":
+                    raise Broken(f"a job was given to a process that is {life.stage}")
+                life.stage = "given"
+                started.append(action.job)  # type: ignore[arg-type]
+            elif isinstance(action, Begin):
+                self.lives[action.process.id] = Life(action.process)
+            elif isinstance(action, Evict):
+                life = self.lives[action.process.id]
+                if life.stage != "idle":
+                    raise Broken(f"a process was evicted that is {life.stage}")
+                self.kind["evicted"] += 1
+                life.stage = "ending"
+            elif isinstance(action, schedule.Wake):
+                self.wake = action.at
+        self.check()
+        passed = [(order, idle[older.key]) for order, older in before if older.key in idle and older.process is None]
+        for job in started:
+            if job.process is not None and job.process.phase is Phase.GENERATING:
+                for order, process in passed:
+                    if order < job.order and process.idle and process.devices == job.process.devices not in releasing:
+                        raise Broken(f"job {job.number} started before one whose process was ready")
+
+    def check(self) -> None:
+        leases: Counter[str] = Counter()
+        active: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
+        unknown: set[str] = set()
+        used: Counter[str] = Counter()
+        for process in self.ledger.reservations.values():
+            idle, peak = self.true[process.key]
+            for device in process.devices:
+                rows[device] += 1
+                leases[device] += process.phase is Phase.GENERATING
+                active[device] += process.phase in ACTIVE
+                if process.held.unknown:
+                    unknown.add(device)
+                used[device] += peak if process.phase in ACTIVE or process.phase is Phase.ENCODING else idle
+        for device in self.devices:
+            budget = self.ledger.budget(device)
+            if leases[device] > self.concurrency:
+                raise Broken(f"{leases[device]} leases on {device}")
+            if self.max_processes is not None and rows[device] > self.max_processes:
+                raise Broken(f"{rows[device]} processes on {device}")
+            if device in unknown:
+                if active[device] > 1:
+                    raise Broken(f"an unknown phase does not run alone on {device}")
+            elif budget is not None and used[device] > budget and rows[device] > 1:
+                raise Broken(f"{used[device]} of {budget} bytes used on {device}")
+        if leases.total() != sum(
+            ticket.process is not None and ticket.process.phase is Phase.GENERATING
+            for ticket in self.book.running.values()
+        ) and not any(process.ending for process in self.ledger.reservations.values()):
+            raise Broken("a lease is held by no job")
+
+    # A history.
+
+    def run(self) -> None:
+        pick = self.random.random
+        closes = pick() < 0.2
+        for _ in range(4 + int(pick() * 14)):
+            roll = pick()
+            if roll < 0.36 or not self.lives:
+                self.arrive()
+            elif roll < 0.88:
+                lives = list(self.lives.values())
+                self.advance(lives[int(pick() * len(lives))], good=False)
+            elif roll < 0.93:
+                self.cancel()
+            elif roll < 0.98:
+                self.now += pick() * 4
+            elif self.lends:
+                self.lose_weights()
+            self.decide()
+        if closes:
+            self.book.close()
+            if pick() < 0.5:
+                self.book.settle_all(lambda: PoolClosed("closed"))
+        self.finish()
+
+    def finish(self) -> None:
+        """Everything goes well from now on: every job must be answered, and everything must come back."""
+        for _ in range(600):
+            if all(ticket.answered for ticket in self.tickets):
+                break
+            moving = [life for life in self.lives.values() if life.stage != "idle"]
+            if moving:
+                self.advance(moving[0], good=True)
+            elif self.wake is not None:
+                self.now = max(self.now, self.wake) + 1e-6
+            else:
+                raise Broken("jobs wait, and nothing can happen: they would wait for ever")
+            self.decide()
+        else:
+            raise Broken("jobs wait for ever")
+        self.book.close()
+        for life in list(self.lives.values()):
+            if life.stage == "starting":
+                self.book.start_failed(life.process, ProcessLost("p", "killed", "w"), self.now)
+            elif life.stage != "ending":
+                self.book.lost(life.process, ProcessLost("p", "killed", "w"), self.now)
+            self.book.gone(life.process)
+        if self.ledger.reservations or self.book.running or self.book.waiting:
+            raise Broken("something is left")
+        if any(room.leases != self.concurrency for room in self.ledger.rooms().values()):
+            raise Broken("a lease is lost")
+        for ticket in self.tickets:
+            expected = 0 if ticket.number in self.cancelled else 1
+            if self.answers[ticket.number] != expected:
+                raise Broken(f"job {ticket.number} was answered {self.answers[ticket.number]} times")
+
+
+def broken(numbers: range, decide: Decide = schedule.decide) -> tuple[int, str] | None:
+    """The first history in which something does not hold, and what."""
+    for number in numbers:
+        try:
+            World(number, decide).run()
+        except Exception:
+            return number, traceback.format_exc()
+    return None
+
+
+if __name__ == "__main__":
+    World(int(sys.argv[1])).run()
