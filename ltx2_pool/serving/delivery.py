@@ -98,23 +98,30 @@ def take(path: Path) -> bytes:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            for problem, text in (
-                (not stat.S_ISREG(found.st_mode), "is not a regular file"),
-                (found.st_uid != os.geteuid(), f"belongs to uid {found.st_uid}"),
-                (found.st_nlink != 1, f"has {found.st_nlink} links"),
-                (found.st_size == 0, "is empty"),
-                (found.st_size > MAX_BYTES, f"has {found.st_size} bytes, more than {MAX_BYTES}"),
-            ):
-                if problem:
-                    raise OSError(f"what the process left at {path} {text}")
-            data = file.read(found.st_size)
-        if len(data) != found.st_size:
-            raise OSError(f"what the process left at {path} has shrunk from {found.st_size} to {len(data)} bytes")
+        try:
+            size = _checked(path, os.fstat(descriptor))
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                data = file.read(size)
+        finally:
+            os.close(descriptor)
+        if len(data) != size:
+            raise OSError(f"what the process left at {path} has shrunk from {size} to {len(data)} bytes")
         return data
     finally:
         discard(path)
+
+
+def _checked(path: Path, found: os.stat_result) -> int:
+    for problem, text in (
+        (not stat.S_ISREG(found.st_mode), "is not a regular file"),
+        (found.st_uid != os.geteuid(), f"belongs to uid {found.st_uid}"),
+        (found.st_nlink != 1, f"has {found.st_nlink} links"),
+        (found.st_size == 0, "is empty"),
+        (found.st_size > MAX_BYTES, f"has {found.st_size} bytes, more than {MAX_BYTES}"),
+    ):
+        if problem:
+            raise OSError(f"what the process left at {path} {text}")
+    return found.st_size
 
 
 def discard(path: Path) -> None:

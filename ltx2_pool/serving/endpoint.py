@@ -161,10 +161,11 @@ class Worker:
         self._ending: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._aborted = asyncio.Event()
         self._serving: asyncio.Future[Any] | None = None
+        self._acted_on: Health = "able"
 
     async def run(self) -> int:
         """Returns the exit status. Raises what the start of the pool or the registration raises."""
-        end = End("the start failed", FAILED)
+        end = End("an error, or cut off", FAILED)
         with self._signals():
             try:
                 self._publish()
@@ -295,11 +296,10 @@ class Worker:
 
     async def _follow_health(self) -> None:
         """Out of discovery while nothing could be made, so that nobody's requests are refused here at once."""
-        known: Health = "able"
         while not self._ending.done():
             health = self._pool.health
-            if health == known:
-                await self._pool.health_after(known)
+            if health == self._acted_on:
+                await self._pool.health_after(health)
                 continue
             if health == "unable":
                 logger.error("no shape can be made now: leaving discovery until one can; %s", self._why())
@@ -315,7 +315,7 @@ class Worker:
                 drain = min(BROKEN_DRAIN, self._settings.drain_timeout)
                 self._end(End("nothing can be made here, whatever is tried", BROKEN, drain))
                 return
-            known = health
+            self._acted_on = health
 
     def _why(self) -> str:
         return f"status {json.dumps(self._pool.status(), default=str)[:4000]}"
