@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from ltx2_pool.model import mp4
-from ltx2_pool.tools import contactsheet, stack, terminal
+from ltx2_pool.words.extras import extra
 from ltx2_pool.words.shapes import Menu, Shape
+
+with extra("tools"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from ltx2_pool.tools import contactsheet, stack, terminal
 
 SHAPES = stack.TINY_MENU
 
@@ -39,7 +41,7 @@ class DemoError(Exception):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where the videos go (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path(".work"), help="checkpoint and caches (default %(default)s)")
     arguments = parser.parse_args()
@@ -77,14 +79,17 @@ def _demo(console: Console, out: Path, work: Path, logs: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         began = time.monotonic()
-        with console.status(f"asking for {first.key} and {second.key}: two shape processes start and compile"), \
-                ThreadPoolExecutor(2) as both:  # fmt: skip
+        with console.status(f"asking for {first.key} and {second.key}: two shape processes start and compile"):
+            both = cleanup.enter_context(ThreadPoolExecutor(2))
             made = list(both.map(lambda shape: _make(running, shape, "cold", out, menu.fps), (first, second)))
         console.print(f"cold        two shapes at once in {time.monotonic() - began:.1f} s")
         made.append(_make(running, first, "hot", out, menu.fps))
     sheet = out / "contact-sheet.png"
-    contactsheet.write(sheet, [(f"{m.shape.key}  {m.state}  {m.seconds:.2f} s", m.data) for m in made],
-                       "LTX-2 (random weights) through Dynamo /v1/videos")  # fmt: skip
+    contactsheet.write(
+        sheet,
+        [(f"{m.shape.key}  {m.state}  {m.seconds:.2f} s", m.data) for m in made],
+        "LTX-2 (random weights) through Dynamo /v1/videos",
+    )
     table = Table("shape", "state", "seconds", "bytes", "file", title="videos")
     for m in made:
         table.add_row(m.shape.key, m.state, f"{m.seconds:.2f}", f"{len(m.data):,}", str(m.path.relative_to(out.parent)))
@@ -93,6 +98,8 @@ def _demo(console: Console, out: Path, work: Path, logs: Path) -> None:
 
 
 def _make(running: stack.Stack, shape: Shape, state: str, out: Path, fps: int) -> Made:
+    from ltx2_pool.model import mp4
+
     began = time.monotonic()
     answer = running.create(size=shape.size, nvext={"num_frames": shape.num_frames})
     seconds = time.monotonic() - began

@@ -5,25 +5,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from rich.live import Live
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from ltx2_pool.caches import bake
 from ltx2_pool.caches.bake import BakeError, Baker, Report
 from ltx2_pool.processes.host import ProcessHost
 from ltx2_pool.processes.process import Timeouts
-from ltx2_pool.tools import terminal
 from ltx2_pool.words import settings
+from ltx2_pool.words.extras import extra
 from ltx2_pool.words.shapes import Menu, MenuError, Shape
+
+if TYPE_CHECKING:
+    from ltx2_pool.tools.board import Board
 
 MAX_STATUS = 100
 """The exit status is the number of failed shapes; above 125 it would mean something else to a shell."""
@@ -41,9 +40,11 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="shapes at once, where memory allows [1]")
     parser.add_argument(
-        "--verify", action="store_true", help="bake nothing: run a fresh process on a read-only copy of each cache "
-        "and require no compile, no new file and the same video"
-    )  # fmt: skip
+        "--verify",
+        action="store_true",
+        help="bake nothing: run a fresh process on a read-only copy of each cache "
+        "and require no compile, no new file and the same video",
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write what was measured as JSON")
     arguments = parser.parse_args()
     if arguments.jobs < 1 or arguments.timeout <= 0:
@@ -65,6 +66,8 @@ def main() -> int:
     )
     baker = Baker(menu, chosen.recipe, chosen.cache_root, host)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with extra("tools"):
+        from ltx2_pool.tools.board import Board
     board = Board(shapes, "verify" if arguments.verify else "bake")
     try:
         with bake.lock(chosen.cache_root), board.live():
@@ -113,59 +116,6 @@ async def _run(baker: Baker, shapes: Sequence[Shape], board: Board, arguments: a
     async with baker.working():
         await asyncio.gather(*(one(shape) for shape in shapes))
     return reports
-
-
-class Board:
-    """Shows what happens: a live table on a terminal, plain lines in a log."""
-
-    def __init__(self, shapes: Sequence[Shape], verb: str) -> None:
-        self._console = terminal.console()
-        self._verb = verb
-        self._states = {shape.key: "waiting" for shape in shapes}
-        self._since = {shape.key: time.monotonic() for shape in shapes}
-        self._reports: dict[str, Report] = {}
-        self._live: Live | None = None
-
-    @contextlib.contextmanager
-    def live(self) -> Iterator[None]:
-        if self._console.is_terminal:
-            with Live(get_renderable=self._table, console=self._console, refresh_per_second=4) as self._live:
-                yield
-        else:
-            yield
-            self._console.print(self._table())
-
-    def state(self, shape: Shape, state: str) -> None:
-        self._states[shape.key] = state
-        self._since[shape.key] = time.monotonic()
-        if self._live is None:
-            print(f"{time.strftime('%H:%M:%S')} {shape.key}: {state}", flush=True)
-
-    def finished(self, shape: Shape, report: Report) -> None:
-        self._reports[shape.key] = report
-        self.state(shape, "good" if report.ok else f"{self._verb} failed")
-        for problem in report.problems:
-            print(f"{time.strftime('%H:%M:%S')} {shape.key}: {problem}", flush=True)
-
-    def _table(self) -> Table:
-        first = "baked first s" if self._verb == "verify" else "cold s"
-        table = Table("shape", "state", "ready s", first, "hot s", "misses", "files", "MB", "same video")
-        for key, state in self._states.items():
-            report = self._reports.get(key)
-            if report is None:
-                waiting = "" if state in ("waiting", "not tried") or "skipped" in state else self._elapsed(key)
-                table.add_row(key, state + waiting)
-                continue
-            misses = sum(count for name, count in report.compiled.items() if not name.endswith("hits"))
-            same = {None: "", True: "yes", False: "NO"}[report.same_video]
-            table.add_row(
-                key, f"[{'green' if report.ok else 'red'}]{state}[/]", f"{report.ready_s:.1f}", f"{report.first_s:.2f}",
-                f"{report.hot_s:.2f}", str(misses), str(report.files), f"{report.bytes / 1e6:.1f}", same,
-            )  # fmt: skip
-        return table
-
-    def _elapsed(self, key: str) -> str:
-        return f" ({time.monotonic() - self._since[key]:.0f} s)"
 
 
 if __name__ == "__main__":

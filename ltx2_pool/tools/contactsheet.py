@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ltx2_pool.model import mp4
-
 FRAMES = 6
 
 
@@ -16,6 +14,8 @@ def write(path: Path, videos: Sequence[tuple[str, bytes]], title: str) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot
+
+    from ltx2_pool.model import mp4
 
     frames = [mp4.thumbnails(data, FRAMES) for _, data in videos]
     tallest = [1.9 * row[0].shape[0] / row[0].shape[1] for row in frames]

@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 
-from ltx2_pool.model import mp4
 from ltx2_pool.words.shapes import Menu, Shape
 
 PROMPTS = (
@@ -91,6 +90,8 @@ class Client:
         return Answer(200, seconds, wait, data, problem)
 
     def _problem(self, data: bytes, shape: Shape) -> str:
+        from ltx2_pool.model import mp4
+
         info = mp4.probe(data)
         found = (info.width, info.height, info.num_frames, info.fps)
         wanted = (shape.width, shape.height, shape.num_frames, self._menu.fps)

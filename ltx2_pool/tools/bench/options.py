@@ -1,0 +1,168 @@
+"""The command line of the benchmarks: every subcommand, its options, and what they mean when they are left out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from ltx2_pool.tools import stack
+
+Command = Callable[[argparse.Namespace, Console], int]
+
+
+def parser(program: str, description: str, commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The parser; `commands` has what each subcommand calls with its arguments, by the subcommand's name."""
+    top = argparse.ArgumentParser(prog=program, description=description)
+    top.add_argument("--work", type=Path, default=Path(".work"), help="tiny checkpoint and caches [%(default)s]")
+    several = top.add_subparsers(required=True, metavar="COMMAND")
+
+    one = several.add_parser("load", help="requests against a running frontend; tables, CSV, JSON and pictures")
+    one.set_defaults(run=commands["load"])
+    _frontend_options(one)
+    push = one.add_mutually_exclusive_group()
+    push.add_argument(
+        "--rate", type=_amounts, metavar="R,...", help="open loop: requests per second, at random (Poisson) moments"
+    )
+    push.add_argument(
+        "--concurrency",
+        type=_counts,
+        metavar="N,...",
+        help="closed loop: clients that ask again as soon as they are answered [1,2,4]",
+    )
+    one.add_argument("--num-prompts", type=_count, metavar="N", help="requests at each level [30]")
+    one.add_argument("--duration", type=_amount, metavar="S", help="seconds for each level, in place of a number")
+    one.add_argument(
+        "--mix",
+        default="uniform",
+        metavar="uniform|zipf|FILE",
+        help="share of each shape; the file has lines of 'shape key: weight' [%(default)s]",
+    )
+    one.add_argument("--shuffle-seed", type=int, default=0, metavar="N", help="of order and moments [%(default)s]")
+    one.add_argument(
+        "--warm-up", type=int, default=1, metavar="N", help="videos of each shape before it counts [%(default)s]"
+    )
+    one.add_argument("--out", type=Path, default=Path("load-out"), metavar="DIR", help="[%(default)s]")
+
+    two = several.add_parser("image", help="is a baked image good: every shape cold first, then all in random order")
+    two.set_defaults(run=commands["image"])
+    _frontend_options(two)
+    two.add_argument("--prompts", type=_count, default=3, metavar="N", help="for each shape [%(default)s]")
+    two.add_argument("--shuffle-seed", type=int, default=0, metavar="N", help="[%(default)s]")
+    two.add_argument(
+        "--max-ratio",
+        type=_amount,
+        default=1.5,
+        metavar="X",
+        help="a shape fails when random order takes over X times as long [%(default)s]",
+    )
+    two.add_argument("--out", type=Path, default=Path("image-out"), metavar="DIR", help="[%(default)s]")
+
+    three = several.add_parser("compare", help="pool, in-process and exec with private weights in one run, as ratios")
+    three.set_defaults(run=commands["compare"])
+    _model_options(three)
+    three.add_argument("--repeat", type=_count, default=20, metavar="N", help="hot videos [%(default)s]")
+    three.add_argument("--out", type=Path, metavar="FILE", help="write the measurements as JSON")
+
+    four = several.add_parser("spawn", help="spawn to READY: fork of the zygote against a fresh interpreter")
+    four.set_defaults(run=commands["spawn"])
+    _model_options(four)
+    four.add_argument("--repeat", type=_count, default=3, metavar="N", help="processes each way [%(default)s]")
+    four.add_argument(
+        "--max-ratio", type=_amount, metavar="X", help="exit 1 when zygote / exec is above, for instance 0.05"
+    )
+    four.add_argument("--out", type=Path, metavar="FILE", help="write the measurements as JSON")
+
+    five = several.add_parser("chaos", help="jobs through the pool while processes are killed at random")
+    five.set_defaults(run=commands["chaos"])
+    _model_options(five)
+    five.add_argument("--jobs", type=_count, default=1000, metavar="N", help="[%(default)s]")
+    five.add_argument("--kill-rate", type=float, default=0.2, metavar="P", help="kills for each job [%(default)s]")
+    five.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
+    five.add_argument("--real", action="store_true", help="the real pipeline; without, children that make no video")
+
+    six = several.add_parser("fuzz", help="request bodies of every kind of wrong, through the real frontend")
+    six.set_defaults(run=commands["fuzz"])
+    _model_options(six)
+    six.add_argument("--bodies", type=_count, default=10_000, metavar="N", help="[%(default)s]")
+    six.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
+
+    seven = several.add_parser("menu-report", help="which shapes earn their memory, from a worker's counters")
+    seven.set_defaults(run=commands["menu-report"])
+    seven.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="URL|FILE",
+        help="http://HOST:DYN_SYSTEM_PORT/metrics, or a saved page of it",
+    )
+    return top
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=_path("LTX2_MODEL"),
+        metavar="DIR",
+        help="checkpoint [LTX2_MODEL, or a tiny one, written on first use]",
+    )
+    parser.add_argument(
+        "--shapes",
+        type=Path,
+        default=_path("LTX2_SHAPES"),
+        metavar="FILE",
+        help="menu [LTX2_SHAPES, or ./shapes.yaml; the tiny model's for the tiny model]",
+    )
+    parser.add_argument(
+        "--cache-root",
+        type=Path,
+        default=_path("LTX2_CACHE_ROOT"),
+        metavar="DIR",
+        help="compile caches [LTX2_CACHE_ROOT, or <work>/cache]",
+    )
+
+
+def _path(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    return Path(value) if value else None
+
+
+def menu_file(arguments: argparse.Namespace) -> Path:
+    """The menu that was named, else the one that goes with the model that is asked."""
+    if arguments.shapes is not None:
+        named: Path = arguments.shapes
+        return named
+    somebody_elses = arguments.model is not None or getattr(arguments, "url", None) is not None
+    return Path("shapes.yaml") if somebody_elses else stack.TINY_MENU
+
+
+def _frontend_options(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    parser.add_argument("--url", metavar="URL", help="a running frontend [start one, and a worker, on --model]")
+    parser.add_argument(
+        "--status-url", metavar="URL", help="system port of the worker behind --url, to tell hot from cold"
+    )
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return value
+
+
+def _amount(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _amounts(text: str) -> list[float]:
+    return [_amount(part) for part in text.split(",")]
