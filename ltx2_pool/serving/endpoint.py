@@ -20,7 +20,7 @@ from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 from ltx2_pool import __version__
 from ltx2_pool.serving.delivery import Deliverer, MediaStore
 from ltx2_pool.serving.handler import Counters, VideoHandler
-from ltx2_pool.serving.presence import Absent, DynamoDirectory, Presence
+from ltx2_pool.serving.presence import Absent, DynamoDirectory, presence
 from ltx2_pool.serving.threads import Lane
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.words import requests
@@ -157,7 +157,7 @@ class Worker:
         self._handler = VideoHandler(pool, menu, self._model, limits, deliverer, metrics, traffic)
         self._namespace = get_worker_namespace(settings.namespace)
         self._endpoint = runtime.endpoint(f"{self._namespace}.{settings.component}.{settings.endpoint}")
-        self._presence = Presence(DynamoDirectory(self._endpoint, self._register_model))
+        self._presence = presence(DynamoDirectory(self._endpoint, self._register_model), settings.discovery)
         self._ending: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._aborted = asyncio.Event()
         self._serving: asyncio.Future[Any] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ MISSES = 3
 """Looks in a row that must miss the worker before it counts as absent."""
 GIVE_UP = 60.0
 """Seconds of registering again in vain after which a new process is the better try."""
+CLUSTER_INTERVAL = 30.0
+"""Seconds between two looks where a cluster decides: its readiness probes may take a while, and no lease can lapse."""
 _LOOK = 1.0
 """Seconds that one look waits for the worker to appear: a watch that has just begun knows of nobody yet."""
 
@@ -50,7 +53,7 @@ class Presence:
         self._directory = directory
         self._interval = interval
         self._misses = misses
-        self._tries = max(1, round(give_up / interval))
+        self._tries = max(1.0, give_up / interval)
         self._wanted = True
         self._turn = asyncio.Lock()
 
@@ -99,6 +102,17 @@ class Presence:
                 await (self._directory.enter() if wanted else self._directory.leave())
             except Exception as error:
                 logger.warning("could not %s discovery now: %s", _words(wanted)[1], error)
+
+
+def presence(directory: Directory, discovery: str) -> Presence:
+    """For a discovery backend, by its name.
+
+    In a Kubernetes cluster a worker is also absent while its pod is not ready, whatever it does itself: that is no
+    reason to end it.
+    """
+    if discovery == "kubernetes":
+        return Presence(directory, interval=CLUSTER_INTERVAL, give_up=math.inf)
+    return Presence(directory)
 
 
 def _words(wanted: bool) -> tuple[str, str]:

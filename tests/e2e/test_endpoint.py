@@ -54,9 +54,8 @@ def test_the_seed_decides_the_video(pool):
 def test_a_stream_reports_each_step_and_ends_with_the_video(pool):
     *events, last, done = pool.stream(size=A.size, nvext={"num_inference_steps": 4})
     assert done == "[DONE]"
-    assert [(e["status"], e["progress"]) for e in map(json.loads, events)] == [
-        ("in_progress", 0), ("in_progress", 25), ("in_progress", 50), ("in_progress", 75)
-    ]  # fmt: skip
+    progress = [(event["status"], event["progress"]) for event in map(json.loads, events)]
+    assert progress == [("in_progress", percent) for percent in (0, 25, 50, 75)]
     final = json.loads(last)
     assert (final["status"], final["progress"]) == ("completed", 100)
     assert final["data"][0]["b64_json"]
@@ -74,8 +73,13 @@ def test_a_url_is_delivered_through_the_media_store(pool):
 def test_a_client_that_leaves_stops_its_job_and_not_the_process(pool):
     ask(pool, A)
     before = pids(pool)
-    body = {"model": pool.model_name, "prompt": "x", "size": A.size, "stream": True,
-            "nvext": {"num_inference_steps": 50}}  # fmt: skip
+    body = {
+        "model": pool.model_name,
+        "prompt": "x",
+        "size": A.size,
+        "stream": True,
+        "nvext": {"num_inference_steps": 50},
+    }
     with (
         httpx.Client(base_url=pool.client.base_url, timeout=60) as client,
         client.stream("POST", "/v1/videos", json=body) as response,

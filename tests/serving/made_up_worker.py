@@ -39,7 +39,9 @@ async def serve(directory: Path) -> int:
     steering = asyncio.create_task(steer(pool, directory))
     try:
         menu = Menu.load(settings.shapes)
-        return await endpoint.serve(runtime, pool, menu, settings, Counts(), Traffic(directory / "traffic.json"))
+        status = await endpoint.serve(runtime, pool, menu, settings, Counts(), Traffic(directory / "traffic.json"))
+        endpoint.LastResort().arm(endpoint.ABORT_TIMEOUT, status)  # for the way out of the program
+        return status
     finally:
         steering.cancel()
 

@@ -139,3 +139,11 @@ async def test_an_old_watch_serves_when_there_is_no_descriptor_for_another(monke
     assert await directory.listed()
     with pytest.raises(OSError, match="Too many"):
         await DynamoDirectory(endpoint, lambda: asyncio.sleep(0)).listed()
+
+
+async def test_a_pod_that_is_not_ready_is_no_reason_to_end_it():
+    directory = Directory()
+    directory.listing, directory.refuses = False, True
+    await kept(directory, lambda: directory.did.count("enter") > 50, give_up=presence_module.math.inf)
+    assert presence_module.presence(directory, "kubernetes")._tries == presence_module.math.inf
+    assert presence_module.presence(directory, "etcd")._tries == 20
