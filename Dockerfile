@@ -50,7 +50,7 @@ RUN useradd --uid 10001 --create-home ltx2 \
     && install --directory --owner ltx2 --group ltx2 /cache /discovery
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /opt/ltx2-pool
-COPY worker.py warmup.py benchmark.py shapes.yaml deploy/entrypoint.sh ./
+COPY shapes.yaml deploy/entrypoint.sh ./
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:${PATH} PYTHONUNBUFFERED=1 \
     LTX2_MODEL=/model LTX2_CACHE_ROOT=/cache LTX2_POOL_MODE=1 DYN_SYSTEM_PORT=9090
 USER 10001:10001
@@ -58,11 +58,12 @@ EXPOSE 8000 9090
 HEALTHCHECK --interval=10s --timeout=6s --start-period=20m \
     CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"DYN_SYSTEM_PORT\"]}/health', timeout=5)"]
 ENTRYPOINT ["tini", "--", "/opt/ltx2-pool/entrypoint.sh"]
-CMD ["python", "worker.py"]
+CMD ["ltx2-worker"]
 
 FROM runtime AS baked
 ARG IMAGE_SHAPE_HASH
-COPY --chown=10001:10001 baked/ /cache/
-# Fails the build when the caches were baked for another menu than the one in the image.
-RUN python -c "from pathlib import Path; from ltx2_pool.words.shapes import Menu; Menu.load(Path('shapes.yaml')).check_image('${IMAGE_SHAPE_HASH:?give --build-arg IMAGE_SHAPE_HASH}')"
 ENV IMAGE_SHAPE_HASH=${IMAGE_SHAPE_HASH} LTX2_CACHE_POLICY=strict
+COPY --chown=10001:10001 baked/ /cache/
+# Fails the build when the caches were baked for another menu than the one in the image. The hash is data for the program.
+RUN test -n "${IMAGE_SHAPE_HASH}" || { echo "give --build-arg IMAGE_SHAPE_HASH" >&2; exit 1; }; \
+    python -c 'import os; from pathlib import Path; from ltx2_pool.words.shapes import Menu; Menu.load(Path("shapes.yaml")).check_image(os.environ["IMAGE_SHAPE_HASH"])'

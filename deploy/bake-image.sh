@@ -17,8 +17,8 @@ in_image() {
 
 "$engine" build --target runtime --tag "$image-runtime" .
 mkdir -p baked
-in_image python worker.py doctor
-in_image python warmup.py
-in_image python warmup.py --verify
+in_image ltx2-worker doctor
+in_image ltx2-warmup
+in_image ltx2-warmup --verify
 "$engine" build --build-arg IMAGE_SHAPE_HASH="$(cat baked/IMAGE_SHAPE_HASH)" --tag "$image" .
 echo "$image serves menu $(cat baked/IMAGE_SHAPE_HASH)"

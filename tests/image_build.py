@@ -4,8 +4,9 @@
 
 Each stage gets a root directory of its own, with a writable overlay over this machine's /etc, /home, /opt, /root,
 /usr and /var, so nothing of the machine changes. Its RUN lines run as they stand there, package installations included.
-Then the runtime stage bakes and verifies the tiny menu, the last stage packs it, and ``worker.py doctor`` has to say
-that a worker would serve there. What it can not show: the base images, which are this machine here.
+Then the runtime stage bakes and verifies the tiny menu, the last stage packs it, ``ltx2-worker doctor`` has to say that
+a worker would serve there, and ``ltx2-benchmark image`` that the image is good. What it cannot show: the base images,
+which are this machine here.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def _build_all(scratch: Path, given: dict[str, str], skip: str) -> None:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copy2(source, target)
-    shutil.copy2(stack.TINY_MENU, context / "shapes.yaml")  # the menu that can be baked without a GPU
+    shutil.copy2(REPOSITORY / "ltx2_pool/tools/tiny.yaml", context / "shapes.yaml")  # it needs no GPU
     roots: dict[str, Root] = {}
     for stage in parse((REPOSITORY / "Dockerfile").read_text()):
         root = roots[stage.name] = Root(scratch / stage.name, roots.get(stage.base))
@@ -225,12 +226,14 @@ def _build_all(scratch: Path, given: dict[str, str], skip: str) -> None:
         if stage.name == "runtime":
             entrypoint = ["/opt/ltx2-pool/entrypoint.sh"]
             _write_model(root)
-            root.run([*entrypoint, "python", "warmup.py", "--jobs", "2"])
-            root.run([*entrypoint, "python", "warmup.py", "--verify", "--jobs", "2"])
+            root.run([*entrypoint, "ltx2-warmup", "--jobs", "2"])
+            root.run([*entrypoint, "ltx2-warmup", "--verify", "--jobs", "2"])
             shutil.copytree(root.path / "cache", context / "baked")
     last = roots["baked"]
     _write_model(last)
-    last.run(["/opt/ltx2-pool/entrypoint.sh", "python", "worker.py", "doctor"])
+    last.run(["/opt/ltx2-pool/entrypoint.sh", "ltx2-worker", "doctor"])
+    gate = ["ltx2-benchmark", "--work", "/tmp", "image", "--prompts", "2", "--max-ratio", "10", "--out", "/tmp/gate"]
+    last.run(["/opt/ltx2-pool/entrypoint.sh", *gate])
 
 
 def _write_model(root: Root) -> None:

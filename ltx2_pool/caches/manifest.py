@@ -25,7 +25,7 @@ from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import CacheDirs, Shape
 
 MANIFEST_FORMAT = 2
-WARM_UP_COMMAND = "python warmup.py --only {key} --force"
+WARM_UP_COMMAND = "ltx2-warmup --only {key} --force"
 
 
 class Binding(BaseModel):

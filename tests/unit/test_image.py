@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.image_build import Stage, parse
 from tests.paths import REPOSITORY
 
 DOCKERFILE = REPOSITORY / "Dockerfile"
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 STAGES = parse(DOCKERFILE.read_text())
 ENTRYPOINT = REPOSITORY / "deploy/entrypoint.sh"
 
@@ -92,6 +94,37 @@ def test_it_does_not_run_as_root_and_sets_only_settings_that_exist():
     assert names - known == {"DYN_SYSTEM_PORT"}
 
 
+def test_the_programs_are_console_scripts_that_the_package_has():
+    text = DOCKERFILE.read_text()
+    assert [step.text for step in stage("runtime").instructions if step.keyword == "CMD"] == ['["ltx2-worker"]']
+    scripts = set(PROJECT["scripts"])
+    everything = text + ENTRYPOINT.read_text() + (REPOSITORY / "deploy/bake-image.sh").read_text()
+    assert set(re.findall(r"\bltx2-(?!pool)[a-z]+\b", everything)) <= scripts
+    assert re.findall(r"(?:worker|warmup|benchmark|demo)\.py", everything) == []
+
+
+def test_no_argument_becomes_part_of_a_program():
+    """What Docker puts into a RUN line is quoted by the shell; inside of Python's source nothing would quote it."""
+    for each in STAGES:
+        for step in each.instructions:
+            for program in re.findall(r"python3? -c (\S.*)", step.text):
+                assert program.startswith("'") or "$" not in program.replace("$(", ""), program
+
+
+def test_the_lock_files_name_packages_and_no_hosts():
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        for line in (REPOSITORY / name).read_text().splitlines():
+            assert re.fullmatch(r"[\w.-]+(\[[\w,]+\])?==[\w.+!]+( ; .+)?", line), f"{name}: {line}"
+
+
+def test_the_image_has_every_extra_but_that_of_developers():
+    locked = {line.split("==")[0] for line in (REPOSITORY / "requirements.lock").read_text().splitlines()}
+    for name in ("tools", "s3"):
+        for requirement in PROJECT["optional-dependencies"][name]:
+            assert re.split(r"[<>=]", requirement)[0] in locked
+    assert "hypothesis" not in locked
+
+
 def test_the_health_check_is_a_command_that_fails_while_nothing_answers():
     text = next(step.text for step in stage("runtime").instructions if step.keyword == "HEALTHCHECK")
     command = json.loads(text[text.index("[") :])
@@ -126,9 +159,11 @@ def enter(checkpoint: Path, *command: str, **environment: str) -> subprocess.Com
 
 
 def test_the_entrypoint_reads_every_weight_and_becomes_the_worker(checkpoint, tmp_path):
-    program = tmp_path / "worker.py"
-    program.write_text("import os, sys; print(os.getppid(), sys.argv[1:])")
-    done = enter(checkpoint, sys.executable, str(program), "a b")
+    program = tmp_path / "ltx2-worker"
+    program.write_text(f"#!{sys.executable}\nimport os, sys; print(os.getppid(), sys.argv[1:])")
+    program.chmod(0o755)
+    done = enter(checkpoint, str(program), "a b")
+    assert done.stderr.count("entrypoint: read ") == 2
     # A shell in between would be the parent; signals would not reach the worker.
     assert done.stdout == f"{os.getpid()} ['a b']\n"
 
@@ -136,10 +171,12 @@ def test_the_entrypoint_reads_every_weight_and_becomes_the_worker(checkpoint, tm
 @pytest.mark.parametrize(
     ("command", "reads"),
     [
-        (["echo", "python", "worker.py"], True),
-        (["echo", "python", "warmup.py", "--verify"], True),
-        (["echo", "python", "worker.py", "doctor"], False),
-        (["echo", "python", "worker.py", "--plan"], False),
+        (["echo", "ltx2-worker"], True),
+        (["echo", "/opt/venv/bin/ltx2-worker", "--log-level", "INFO"], True),
+        (["echo", "ltx2-warmup", "--verify"], True),
+        (["echo", "ltx2-worker", "doctor"], False),
+        (["echo", "ltx2-worker", "--plan"], False),
+        (["echo", "ltx2-benchmark", "image"], False),  # the worker that it starts reads them
         (["echo", "python", "-m", "dynamo.frontend"], False),
     ],
 )
@@ -152,9 +189,9 @@ def test_only_what_loads_weights_reads_them_first(checkpoint, command, reads):
 
 
 def test_reading_ahead_can_be_switched_off_and_a_missing_checkpoint_is_the_workers_to_report(checkpoint, tmp_path):
-    worker = ("echo", "python", "worker.py")
+    worker = ("echo", "ltx2-worker")
     assert enter(checkpoint, *worker, LTX2_WARM_PAGE_CACHE="0").stderr == ""
-    assert enter(tmp_path / "nothing", *worker).stdout == "python worker.py\n"
+    assert enter(tmp_path / "nothing", *worker).stdout == "ltx2-worker\n"
 
 
 def test_the_entrypoint_passes_the_exit_status_on(checkpoint):
@@ -183,7 +220,7 @@ def test_bake_image_builds_bakes_proves_and_packs_in_that_order(tmp_path):
     )
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == "build --target runtime --tag pool:7-runtime ."
-    runs = ["python worker.py doctor", "python warmup.py", "python warmup.py --verify"]
+    runs = ["ltx2-worker doctor", "ltx2-warmup", "ltx2-warmup --verify"]
     for call, run in zip(calls[1:4], runs, strict=True):
         assert call.startswith("run --rm --gpus 1 ")
         assert call.endswith(f":/model:ro pool:7-runtime {run}")

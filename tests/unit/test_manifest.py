@@ -64,7 +64,7 @@ def test_a_manifest_tampered_with_is_refused_by_the_fields_name(cache, recipe, f
     assert mismatch.found == str(value)
     line = manifest.describe(SHAPE.key, [mismatch])
     assert line.startswith(f"{SHAPE.key}: {field}: baked ")
-    assert line.endswith("python warmup.py --only 64x64@9f --force")
+    assert line.endswith("ltx2-warmup --only 64x64@9f --force")
 
 
 def test_another_configuration_of_the_model_is_another_binding(cache, recipe):
