@@ -8,6 +8,7 @@ account, and the frontend answers 404 for it until somebody restarts it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable
@@ -68,6 +69,8 @@ class Presence:
         Tries are counted and not seconds: a process that was stopped in between has not tried.
         """
         missed = tried = 0
+        with contextlib.suppress(Exception):
+            await self._directory.listed()  # begins to watch while there are descriptors for it
         while True:
             await asyncio.sleep(self._interval)
             wanted = self._wanted
