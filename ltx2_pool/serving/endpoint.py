@@ -103,7 +103,10 @@ class LastResort:
         self.disarm()
         self._timer = threading.Timer(seconds, self._fire, (seconds, status))
         self._timer.daemon = True
-        self._timer.start()
+        try:
+            self._timer.start()
+        except RuntimeError as error:  # no more threads: whoever waits for the end has to kill
+            logger.error("nothing limits the end of this process: %s", error)
 
     def disarm(self) -> None:
         if self._timer is not None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
-INTERVAL = 3.0
+INTERVAL = 2.5
 """Seconds between two looks."""
 MISSES = 3
 """Looks in a row that must miss the worker before it counts as absent."""
@@ -24,7 +24,7 @@ GIVE_UP = 60.0
 """Seconds of registering again in vain after which a new process is the better try."""
 CLUSTER_INTERVAL = 30.0
 """Seconds between two looks where a cluster decides: its readiness probes may take a while, and no lease can lapse."""
-_LOOK = 1.0
+_LOOK = 0.5
 """Seconds that one look waits for the worker to appear: a watch that has just begun knows of nobody yet."""
 
 

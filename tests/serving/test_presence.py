@@ -146,4 +146,4 @@ async def test_a_pod_that_is_not_ready_is_no_reason_to_end_it():
     directory.listing, directory.refuses = False, True
     await kept(directory, lambda: directory.did.count("enter") > 50, give_up=presence_module.math.inf)
     assert presence_module.presence(directory, "kubernetes")._tries == presence_module.math.inf
-    assert presence_module.presence(directory, "etcd")._tries == 20
+    assert presence_module.presence(directory, "etcd")._tries == 24
