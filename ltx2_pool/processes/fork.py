@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ltx2_pool.processes.forking import MAX_MESSAGE
 from ltx2_pool.processes.guard import kill_group
-from ltx2_pool.processes.process import settle_exit
+from ltx2_pool.processes.reaping import settle_exit
 from ltx2_pool.words.protocol import ProtocolError
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Fork:
         """The caller does not want it any more: the zygote kills what it has forked when this end is closed."""
         if self.pid is None:
             self._release()
-        else:
+        elif not self.exited.done():
             kill_group(self.pid)  # its end is still awaited
 
     def adopt(self) -> bool:
@@ -138,6 +138,8 @@ class Fork:
         settle_exit(self.exited, self.pid, status)
 
     def _release(self) -> None:
+        if self not in self._zygote.forks:
+            return
         self._zygote.forks.discard(self)
         self._loop.remove_reader(self._status)
         self._status.close()

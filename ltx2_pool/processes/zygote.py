@@ -31,7 +31,9 @@ from ltx2_pool.processes.environment import inherited as inherited_environment
 from ltx2_pool.processes.fork import Fork, parse
 from ltx2_pool.processes.forking import MAX_MESSAGE
 from ltx2_pool.processes.guard import Guard, kill_group
-from ltx2_pool.processes.process import Launched, OutputTail, exit_of
+from ltx2_pool.processes.output import OutputTail
+from ltx2_pool.processes.reaping import exit_of
+from ltx2_pool.processes.spawner import Launched
 from ltx2_pool.processes.subreaper import subreaper
 from ltx2_pool.words.protocol import ProtocolError
 
