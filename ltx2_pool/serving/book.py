@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ltx2_pool.serving.breaker import Pauses, Starts
+from ltx2_pool.serving.breaker import THRESHOLD, Pauses, Starts
 from ltx2_pool.serving.ledger import Ledger, Phase, Reservation
 from ltx2_pool.serving.schedule import Action, Evict, Pause, Refuse, Spawn, Start, State, Turns, Waiting, Wake, decide
 from ltx2_pool.words.outcomes import (
@@ -107,6 +107,8 @@ class Book:
         self.running: dict[int, Ticket] = {}
         """By the process that makes it."""
         self.closing = False
+        self.helpers_down = False
+        """What all starts need had failed too often, and no start has worked since."""
         self.starts: dict[Key, Starts] = {}
         self._turns = Turns()
         self._numbers = itertools.count()
@@ -170,6 +172,7 @@ class Book:
     def ready(self, process: Reservation, memory: Memory, seconds: float) -> None:
         """A process takes jobs; its start took that many seconds."""
         self.starts.pop(process.key, None)
+        self.helpers_down = False
         self.ledger.observe(process.key, memory)
         process.hot = process.hot or memory.generated
         if not process.ending:
@@ -204,6 +207,7 @@ class Book:
         """The process made its job's video, in that many seconds. Returns False when nobody wants it."""
         ticket = self.running.pop(process.id)
         wanted = not ticket.answered
+        ticket.process = None
         before = self._seconds.get(process.key, seconds)
         self._seconds[process.key] = (before + seconds) / 2
         self._free(process, memory, made=True)
@@ -213,6 +217,7 @@ class Book:
     def failed(self, process: Reservation, error: JobFailed | Rejected) -> None:
         """The process made no video, and serves on."""
         ticket = self.running.pop(process.id)
+        ticket.process = None
         self._free(process, error.memory if isinstance(error, JobFailed) else None, made=False)
         self._answer(ticket, error)
 
@@ -268,7 +273,8 @@ class Book:
             if (pause := starts.pause(now)) is not None:
                 paused[key] = pause
         ahead: Sequence[Key] = () if self.closing else self.ahead
-        if not self.closing and not self.able(now, helpers):
+        self.helpers_down = self.helpers_down or helpers is not None
+        if not self.closing and not self.able():
             ahead = (*ahead, *(key for key in self.starts if key not in ahead))  # or it would never learn that it can
         todo: list[Start | Begin | Evict | Refuse | Wake] = []
         for action in self.decide(
@@ -303,28 +309,31 @@ class Book:
 
     # What can be said.
 
-    def able(self, now: float, helpers: Pause | None = None) -> bool:
-        """Whether some video could be made: a process serves, or a start is worth a try."""
-        if any(not r.ending for r in self.ledger.reservations.values()):
+    def able(self) -> bool:
+        """Whether some video can be made: a process serves, or a start is worth a try."""
+        if any(not r.ending and (r.hot or r.phase is Phase.IDLE) for r in self.ledger.reservations.values()):
             return True
-        if helpers is not None and helpers.refuse and helpers.until > now:
-            return False
-        return not self.keys or any(
-            key not in self.starts or not self.starts[key].unavailable(now) for key in self.keys
-        )
+        hopeless = {key for key, starts in self.starts.items() if starts.failures >= THRESHOLD}
+        return not self.helpers_down and (not self.keys or not hopeless.issuperset(self.keys))
 
     def unavailable(self, now: float) -> dict[Key, float]:
         """Keys whose jobs are refused, and for how many seconds more."""
         return {key: starts.remaining(now) for key, starts in self.starts.items() if starts.unavailable(now)}
 
-    def hot_enough(self, minimum: int) -> bool:
+    def hot_enough(self, minimum: int, now: float) -> bool:
         """Whether `minimum` of the keys to start ahead are hot, or nothing more can become so for the moment."""
-        ahead = set(self.ahead)
-        live = [r for r in self.ledger.reservations.values() if r.key in ahead and not r.ending]
-        ready = sum(r.phase not in (Phase.LOADING, Phase.SPAWNING) for r in live)
-        if ready >= min(minimum, len(ahead)):
+        live = {r.key: r for r in self.ledger.reservations.values() if not r.ending}
+        ready = sum(key in live and live[key].phase not in (Phase.LOADING, Phase.SPAWNING) for key in self.ahead)
+        if ready >= min(minimum, len(self.ahead)):
             return True
-        return ready > 0 and ready == len(live)
+        for key in self.ahead:
+            if key in live:
+                coming = live[key].phase in (Phase.LOADING, Phase.SPAWNING)
+            else:
+                coming = key in self.starts and not self.starts[key].unavailable(now)
+            if coming:
+                return False
+        return ready > 0
 
     def expected_wait(self, now: float) -> float:
         """Seconds that a job admitted now would wait for the jobs before it, by what their shapes took lately."""

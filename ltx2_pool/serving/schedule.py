@@ -140,7 +140,10 @@ class _Decision:
         self._ledger = state.ledger
         self._rooms = state.ledger.rooms()
         self._processes = {r.key: r for r in state.ledger.reservations.values() if not r.ending}
-        self._awaited = {job.key for job in state.jobs}
+        self._awaited: dict[Key, float] = {}
+        """Since when somebody waits for the key."""
+        for job in state.jobs:
+            self._awaited[job.key] = min(job.since, self._awaited.get(job.key, job.since))
         self._wanted: set[Key] = set()
         """Keys of older jobs: their processes stay."""
         self._going: set[int] = set()
@@ -208,8 +211,8 @@ class _Decision:
                 options.append((len(victims), self._rooms[device].active, number, device, victims))
         if not options:
             # Nothing that may go now is enough. If patience is all that is missing, the others may pass meanwhile.
-            if self._state.now < job.since + self._state.patience:
-                self._wake_at(job.since + self._state.patience)
+            if self._state.now < (patient := self._patient_until(job)):
+                self._wake_at(patient)
                 return
             device = min(self._ledger.devices, key=lambda device: self._rooms[device].active)
             self._evict(self._candidates(job, device), device, job)  # they are needed, and more that work now
@@ -272,13 +275,17 @@ class _Decision:
         """The idle processes that may go for the job, in the order in which they should."""
         idle = [r for r in self._on(device) if r.idle and r.key not in self._wanted]
         idle.sort(key=self._precious)
-        if self._state.now < job.since + self._state.patience:
+        if self._state.now < self._patient_until(job):
             return [r for r in idle if r.key not in self._awaited]
         return idle
 
     def _idle(self, processes: Sequence[Reservation]) -> int:
         """Bytes that they hold between two jobs."""
         return sum(self._ledger.need(r.key, Phase.IDLE).least for r in processes)
+
+    def _patient_until(self, job: Waiting) -> float:
+        """Until when the jobs of hot shapes may pass the first one that waits for the job's key."""
+        return self._awaited[job.key] + self._state.patience
 
     def _precious(self, process: Reservation) -> tuple[bool, int]:
         """The least first."""

@@ -200,6 +200,12 @@ class World:
             elif isinstance(action, schedule.Wake):
                 self.wake = action.at
         self.check()
+        if self.max_processes == 1 and len(self.devices) == 1 and started:
+            served = {r.key for r in self.ledger.reservations.values()}
+            for order, older in before:
+                late = self.now >= older.since + self.book.limits.patience and older.key not in self.book.starts
+                if late and order < started[0].order and not older.answered and older.key not in served:
+                    raise Broken(f"job {started[0].number} passed one whose patience is over")
         passed = [(order, idle[older.key]) for order, older in before if older.key in idle and older.process is None]
         for job in started:
             if job.process is not None and job.process.phase is Phase.GENERATING:
@@ -208,35 +214,31 @@ class World:
                         raise Broken(f"job {job.number} started before one whose process was ready")
 
     def check(self) -> None:
-        leases: Counter[str] = Counter()
-        active: Counter[str] = Counter()
-        rows: Counter[str] = Counter()
-        unknown: set[str] = set()
-        used: Counter[str] = Counter()
-        for process in self.ledger.reservations.values():
-            idle, peak = self.true[process.key]
-            for device in process.devices:
-                rows[device] += 1
-                leases[device] += process.phase is Phase.GENERATING
-                active[device] += process.phase in ACTIVE
-                if process.held.unknown:
-                    unknown.add(device)
-                used[device] += peak if process.phase in ACTIVE or process.phase is Phase.ENCODING else idle
+        held_leases = 0
+        reservations = self.ledger.reservations.values()
         for device in self.devices:
+            rows = leases = active = unknown = used = 0
+            for process in reservations:
+                if device in process.devices:
+                    phase = process.phase
+                    works = phase in ACTIVE
+                    rows += 1
+                    leases += phase is Phase.GENERATING
+                    active += works
+                    unknown += process.held.unknown
+                    used += self.true[process.key][works]
+            held_leases += leases
             budget = self.ledger.budget(device)
-            if leases[device] > self.concurrency:
-                raise Broken(f"{leases[device]} leases on {device}")
-            if self.max_processes is not None and rows[device] > self.max_processes:
-                raise Broken(f"{rows[device]} processes on {device}")
-            if device in unknown:
-                if active[device] > 1:
-                    raise Broken(f"an unknown phase does not run alone on {device}")
-            elif budget is not None and used[device] > budget and rows[device] > 1:
-                raise Broken(f"{used[device]} of {budget} bytes used on {device}")
-        if leases.total() != sum(
-            ticket.process is not None and ticket.process.phase is Phase.GENERATING
-            for ticket in self.book.running.values()
-        ) and not any(process.ending for process in self.ledger.reservations.values()):
+            if leases > self.concurrency:
+                raise Broken(f"{leases} leases on {device}")
+            if self.max_processes is not None and rows > self.max_processes:
+                raise Broken(f"{rows} processes on {device}")
+            if unknown and active > 1:
+                raise Broken(f"an unknown phase does not run alone on {device}")
+            if not unknown and budget is not None and used > budget and rows > 1:
+                raise Broken(f"{used} of {budget} bytes used on {device}")
+        made = sum(t.process is not None and t.process.phase is Phase.GENERATING for t in self.book.running.values())
+        if held_leases != made and not any(process.ending for process in reservations):
             raise Broken("a lease is held by no job")
 
     # A history.

@@ -1,0 +1,71 @@
+"""What must hold in every history of the pool: 200,000 of them, and mutants of the decision that are caught."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+import types
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ltx2_pool.serving import schedule
+
+from . import histories
+
+HISTORIES = int(os.environ.get("LTX2_TEST_HISTORIES", "200000"))
+PART = 5_000
+
+
+def part(begin: int) -> tuple[int, str] | None:
+    gc.disable()  # nothing here is circular, and the collector costs a fifth
+    return histories.broken(range(begin, min(begin + PART, HISTORIES)))
+
+
+def test_what_must_hold_holds_in_random_histories():
+    """Never over budget, every job answered once, no lease lost, no job passed when its process is ready, no innocent
+    refused; with arrivals, losses in every phase, cancels, out of memory, evictions, closes, and two devices."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as workers:
+        for failure in workers.map(part, range(0, HISTORIES, PART)):
+            assert failure is None, (
+                f"history {failure[0]} (python -m tests.serving.histories {failure[0]}):\n{failure[1]}"
+            )
+
+
+MUTANTS = {
+    "a job is given to a process that works": ("elif process.idle:", "elif not process.ending:"),
+    "a process that works is evicted": ("if r.idle and r.key not in self._wanted]", "if r.key not in self._wanted]"),
+    "a job that waits claims nothing": (
+        "            room.claim(need, own, lease=lease, alone=job.alone)\n",
+        "            pass\n",
+    ),
+    "a start takes nothing": ("                room.take(need, own, lease=lease)\n", "                pass\n"),
+    "patience has no end": ("return self._awaited[job.key] + self._state.patience", "return 1e9"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutated_decision_is_caught(mutant, monkeypatch):
+    source, (right, wrong) = Path(schedule.__file__).read_text(), MUTANTS[mutant]
+    assert right in source
+    module = types.ModuleType("mutant")
+    monkeypatch.setitem(sys.modules, "mutant", module)
+    # The classes of actions stay those of the real module: only what decides is another.
+    exec(compile(source.replace(right, wrong), "mutant", "exec"), vars(module))
+    for name in ("State", "Start", "Spawn", "Evict", "Refuse", "Wake"):
+        setattr(module, name, getattr(schedule, name))
+    assert histories.broken(range(20_000), module.decide) is not None
+
+
+def test_the_decision_changes_nothing():
+    """It is called twice on the same state, and says the same."""
+
+    def twice(state: schedule.State) -> list[schedule.Action]:
+        first, second = schedule.decide(state), schedule.decide(state)
+        assert repr(first) == repr(second)
+        return second
+
+    assert histories.broken(range(2_000), twice) is None
