@@ -21,8 +21,8 @@ from typing import Any
 
 from ltx2_pool.caches import manifest as manifests
 from ltx2_pool.caches.manifest import Manifest
-from ltx2_pool.processes.host import ProcessHost
-from ltx2_pool.processes.process import JobFailed, ProcessLost
+from ltx2_pool.processes.subprocesses import ProcessHost
+from ltx2_pool.words.outcomes import JobFailed, ProcessLost
 from ltx2_pool.words.protocol import Compiled, Done, Memory
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job

@@ -17,9 +17,8 @@ from typing import Any
 
 import uvloop
 
-from ltx2_pool.processes.host import ProcessHost
-from ltx2_pool.processes.process import ExecSpawner, ProcessLost, Timeouts
 from ltx2_pool.words.extras import extra
+from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import Menu, MenuError, Shape
 
@@ -29,7 +28,7 @@ with extra("tools"):
     from rich.progress import MofNCompleteColumn, Progress
 
     from ltx2_pool.tools import stack, terminal
-    from ltx2_pool.tools.bench import advice, chaos, compare, image, load, options, spawn
+    from ltx2_pool.tools.bench import advice, compare, image, load, options
     from ltx2_pool.tools.bench.client import Client, Watch
 
 PROGRAM = Path(sys.argv[0]).name
@@ -200,6 +199,8 @@ def _menu_report(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _spawn(arguments: argparse.Namespace, console: Console) -> int:
+    from ltx2_pool.tools.bench import spawn
+
     menu = Menu.load(arguments.shapes)
     recipe = _recipe(arguments, console)
     results = uvloop.run(spawn.run(recipe, menu.shapes[0], _cache_root(arguments), arguments.repeat, console))
@@ -212,6 +213,11 @@ def _spawn(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _chaos(arguments: argparse.Namespace, console: Console) -> int:
+    from ltx2_pool.processes.process import Timeouts
+    from ltx2_pool.processes.spawner import ExecSpawner
+    from ltx2_pool.processes.subprocesses import ProcessHost
+    from ltx2_pool.tools.bench import chaos
+
     menu = Menu.load(arguments.shapes)
     timeouts = Timeouts(spawn=120, weights=120, generation=60, cancel=5, term=5)
     if arguments.real:

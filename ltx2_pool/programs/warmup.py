@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from ltx2_pool.caches import bake
 from ltx2_pool.caches.bake import BakeError, Baker, Report
-from ltx2_pool.processes.host import ProcessHost
 from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.words import settings
 from ltx2_pool.words.extras import extra
 from ltx2_pool.words.shapes import Menu, MenuError, Shape

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from ltx2_pool.processes.host import ProcessHost
 from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import CacheDirs, Shape
 
