@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -55,14 +56,15 @@ def test_the_runbook_has_every_alert():
 def test_the_rules_fire_when_they_should_and_the_configuration_is_one(arguments):
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+        missing = "promtool is not installed (Debian: apt-get install prometheus)"
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
     done = subprocess.run([promtool, *arguments], cwd=DEPLOY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 PLAIN = list(yaml.safe_load_all((DEPLOY / "kubernetes/worker.yaml").read_text()))
-GRAPH = yaml.safe_load((DEPLOY / "kubernetes/dynamo-graph.yaml").read_text())
+GRAPH, *GRAPH_POLICIES = yaml.safe_load_all((DEPLOY / "kubernetes/dynamo-graph.yaml").read_text())
 DRAIN = Settings.model_fields["drain_timeout"].default
 
 
@@ -97,6 +99,9 @@ def test_the_graph_deployment_is_like_dynamos_own_and_its_pods_keep_to_kubernete
         file = tmp_path / f"{component['name']}.yaml"
         file.write_text(yaml.safe_dump(pod))
         validate("kubernetes-validate", "--strict", str(file))
+    policies = tmp_path / "policies.yaml"
+    policies.write_text(yaml.safe_dump_all(GRAPH_POLICIES))
+    validate("kubernetes-validate", "--strict", str(policies))
 
 
 def worker_pods() -> list[dict[str, Any]]:
@@ -106,8 +111,9 @@ def worker_pods() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("pod", worker_pods(), ids=["plain", "graph"])
-def test_a_worker_pod_drains_is_probed_scraped_and_unprivileged(pod):
+def test_a_worker_pod_drains_is_probed_and_scraped(pod):
     spec, (container,) = pod["spec"], pod["spec"]["containers"]
+    assert container.get("args", ["ltx2-worker"]) == ["ltx2-worker"]
     assert spec["terminationGracePeriodSeconds"] > DRAIN
     port = next(port for port in container["ports"] if port["name"] == "system")["containerPort"]
     annotations = pod["metadata"]["annotations"]
@@ -119,8 +125,135 @@ def test_a_worker_pod_drains_is_probed_scraped_and_unprivileged(pod):
     loading = sum(Settings.model_fields[name].default for name in ("weights_timeout", "spawn_timeout"))
     assert startup["periodSeconds"] * startup["failureThreshold"] > loading
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert spec["securityContext"]["runAsNonRoot"] is True
-    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def templates() -> dict[str, dict[str, Any]]:
+    """Every pod that is deployed, by its label."""
+    plain = [each["spec"]["template"] for each in PLAIN if each["kind"] == "Deployment"]
+    graph = [component["podTemplate"] for component in GRAPH["spec"]["components"]]
+    return {pod["metadata"]["labels"]["app"]: pod for pod in [*plain, *graph]}
+
+
+PODS = templates()
+
+
+@pytest.mark.parametrize("app", PODS)
+def test_a_pod_has_no_privileges_and_writes_to_volumes_only(app):
+    spec = PODS[app]["spec"]
+    security = spec["securityContext"]
+    assert (security["runAsNonRoot"], security["runAsUser"], security["runAsGroup"]) == (True, 10001, 10001)
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in [*spec["containers"], *spec.get("initContainers", [])]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"]["limits"]["memory"]
+        mounts = {mount["mountPath"] for mount in container.get("volumeMounts", [])}
+        if container["image"].startswith("ltx2-pool:") and container in spec["containers"]:
+            assert {"name": "HOME", "value": "/tmp"} in container["env"]
+            assert "/tmp" in mounts
+    variables = {each["name"]: each.get("value") for c in spec["containers"] for each in c.get("env", [])}
+    asks_the_api = variables.get("DYN_DISCOVERY_BACKEND") == "kubernetes"
+    assert spec.get("automountServiceAccountToken", True) is asks_the_api
+
+
+@pytest.mark.parametrize("pod", worker_pods(), ids=["plain", "graph"])
+def test_a_worker_pod_has_its_own_copy_of_the_images_caches(pod):
+    spec = pod["spec"]
+    (copier,), (worker,) = spec["initContainers"], spec["containers"]
+    assert copier["image"] == worker["image"]
+    (target,) = copier["volumeMounts"]
+    assert copier["command"][0] == "cp"
+    assert copier["command"][-2:] == ["/cache/.", target["mountPath"]]
+    assert {"name": target["name"], "mountPath": "/cache"} in worker["volumeMounts"]
+
+
+POLICIES = {
+    each["metadata"]["name"]: each["spec"] for each in [*PLAIN, *GRAPH_POLICIES] if each["kind"] == "NetworkPolicy"
+}
+MONITORING = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+
+
+def admitted(app: str, caller: dict[str, Any] | str, port: int) -> bool:
+    """Whether a pod with a label, or a peer as it stands in the policy, reaches a port of a pod."""
+    names = {p["containerPort"]: p["name"] for c in PODS[app]["spec"]["containers"] for p in c.get("ports", [])}
+    for policy in POLICIES.values():
+        for rule in policy.get("ingress", []) if selects(policy["podSelector"], app) else []:
+            from_it = any(
+                peer == caller or (isinstance(caller, str) and selects(peer.get("podSelector"), caller))
+                for peer in rule.get("from", [caller])
+            )
+            to_it = any(
+                p["port"] == names.get(port)
+                if isinstance(p["port"], str)
+                else p["port"] <= port <= p.get("endPort", p["port"])
+                for p in rule.get("ports", [{"port": port}])
+            )
+            if from_it and to_it:
+                return True
+    return False
+
+
+def selects(selector: dict[str, Any] | None, app: str) -> bool:
+    if selector is None:
+        return False
+    (expression,) = selector.get("matchExpressions", [None])
+    values = expression["values"] if expression else [selector.get("matchLabels", {}).get("app", app)]
+    return app in values
+
+
+@pytest.mark.parametrize("app", PODS)
+def test_every_pod_is_closed_by_default(app):
+    closing = [
+        policy for policy in POLICIES.values() if selects(policy["podSelector"], app) and "ingress" not in policy
+    ]
+    assert closing == [{**closing[0], "policyTypes": ["Ingress"]}]
+
+
+@pytest.mark.parametrize(
+    ("app", "caller", "port", "reached"),
+    [
+        *(
+            row
+            for prefix in ("ltx2", "ltx2-graph")
+            for row in (
+                (f"{prefix}-worker", MONITORING, 9090, True),
+                (f"{prefix}-worker", f"{prefix}-frontend", 9090, False),
+                (f"{prefix}-worker", f"{prefix}-frontend", 41000, True),
+                (f"{prefix}-worker", "a pod", 9090, False),
+                (f"{prefix}-worker", "a pod", 41000, False),
+                (f"{prefix}-frontend", "a pod", 8000, True),
+                (f"{prefix}-frontend", "a pod", 41000, False),
+                (f"{prefix}-frontend", f"{prefix}-worker", 41000, True),
+            )
+        ),
+        ("ltx2-etcd", "ltx2-worker", 2379, True),
+        ("ltx2-etcd", "ltx2-frontend", 2379, True),
+        ("ltx2-etcd", "a pod", 2379, False),
+        ("ltx2-etcd", MONITORING, 2379, False),
+    ],
+)
+def test_who_reaches_which_port(app, caller, port, reached):
+    assert admitted(app, caller, port) is reached
+
+
+def test_nothing_of_kubernetes_is_opened_on_a_host():
+    services = {each["metadata"]["name"]: each["spec"] for each in PLAIN if each["kind"] == "Service"}
+    assert set(services) == {"ltx2-frontend", "ltx2-etcd"}
+    assert {spec.get("type", "ClusterIP") for spec in services.values()} == {"ClusterIP"}
+    for pod in PODS.values():
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod["spec"])
+        assert not [p for c in pod["spec"]["containers"] for p in c.get("ports", []) if "hostPort" in p]
+
+
+def test_compose_opens_the_frontend_and_nothing_else_beyond_this_host():
+    for name, service in COMPOSE["services"].items():
+        open_to_all = [port for port in service.get("ports", []) if not port.startswith("127.0.0.1:")]
+        assert open_to_all == (["${LTX2_PORT:-8000}:8000"] if name == "frontend" else [])
+        assert (service["security_opt"], service["cap_drop"]) == (["no-new-privileges:true"], ["ALL"])
+        assert not {"privileged", "network_mode", "pid", "cap_add"} & set(service)
 
 
 def test_a_rollout_never_needs_a_second_gpu():
