@@ -1,34 +1,56 @@
 """What runs in a shape process: take jobs from the Connection, one at a time, until told to stop.
 
 Started as ``python -m ltx2_pool.model.child FD [FD]``, or forked from the zygote, with the environment of
-:meth:`ltx2_pool.words.recipe.Recipe.environment` already set. The first message on the Connection, the first descriptor, says
-whether this becomes a shape process or the weights process; the second descriptor leads from one to the other. stdout
-and stderr are diagnostics: nothing that a library prints can touch the protocol.
+:meth:`ltx2_pool.words.recipe.Recipe.environment` already set. The first message on the Connection, the first
+descriptor, says whether this becomes a shape process or the weights process; the second descriptor leads from one to
+the other. stdout and stderr are diagnostics: nothing that a library prints can touch the protocol.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ltx2_pool.words import protocol
-from ltx2_pool.words.protocol import Assign, Broken, Cancel, Done, Failed, Generate, Lend, Phase, Ready, Shutdown, Step
+from ltx2_pool.words.protocol import (
+    PING_INTERVAL,
+    Assign,
+    Broken,
+    Cancel,
+    Done,
+    Failed,
+    Generate,
+    Lend,
+    Memory,
+    Phase,
+    Ping,
+    Ready,
+    Step,
+)
 
 if TYPE_CHECKING:
     from ltx2_pool.model.engine import Generator
+    from ltx2_pool.model.mp4 import Clip
 
 _PR_SET_PDEATHSIG = 1
+_MAX_ERROR = 2000
+"""Characters of an error that are sent; the whole of it is printed."""
+
+Kind = Literal["refused", "soft", "cancelled", "fatal", "oom", "compile"]
+"""As :class:`ltx2_pool.words.protocol.Failed` has it."""
 
 
 def main() -> NoReturn:
@@ -44,9 +66,10 @@ def serve(connection_fd: int, desk_fd: int | None = None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Connection(connection_fd)
+    connection = LockedConnection(connection_fd)
+    threading.Thread(target=_ping, args=[connection], name="ping", daemon=True).start()
     desk = None if desk_fd is None else socket.socket(fileno=desk_fd)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with contextlib.suppress(ParentGone, EOFError, BrokenPipeError, ConnectionResetError):
         first = protocol.decode_from_parent(connection.recv_bytes(protocol.MAX_MESSAGE))
         if isinstance(first, Assign):
             _set_title(f"ltx2 {first.shape.key}")
@@ -60,8 +83,35 @@ def serve(connection_fd: int, desk_fd: int | None = None) -> None:
             raise protocol.ProtocolError(f"expected an Assign or a Lend first, got {first.type}")
 
 
+class ParentGone(BaseException):
+    """The worker's end of the Connection is closed. No error of a job: nothing on the way may take it for one."""
+
+
+class LockedConnection(Connection):
+    """A Connection on which several threads may send."""
+
+    def __init__(self, handle: int) -> None:
+        super().__init__(handle)
+        self._sending = threading.Lock()
+
+    def send_bytes(self, buf: Any, offset: int = 0, size: int | None = None) -> None:
+        """As the base class's, one message at a time."""
+        with self._sending:
+            super().send_bytes(buf, offset, size)
+
+
+def _ping(connection: Connection) -> None:
+    """Tell the worker that this process is neither stopped nor stuck, for as long as it is neither."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the main thread
+    ping = protocol.encode(Ping())
+    with contextlib.suppress(OSError):  # the worker is gone, which the main thread finds out as well
+        while True:
+            connection.send_bytes(ping)
+            time.sleep(PING_INTERVAL)
+
+
 class ShapeServer:
-    """Serves one shape over one Connection, in the main thread and without any other."""
+    """Serves one shape over one Connection, in the main thread."""
 
     def __init__(self, connection: Connection, started: float) -> None:
         self._connection = connection
@@ -70,20 +120,24 @@ class ShapeServer:
         self._stopping = False
 
     def run(self, assign: Assign, desk: socket.socket | None) -> None:
-        """Returns when told to shut down or after a fatal error. Raises EOFError when the parent is gone."""
+        """Returns after SIGTERM or a fatal error. Raises ParentGone."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             generator, ready = self._start(assign, desk)
         except Exception as error:
             traceback.print_exc()
-            self._send(Broken(error=f"{type(error).__name__}: {error}"[:2000], compile=_is_compile_failure(error)))
+            kind = _kind(error)
+            broken = Broken(
+                kind=kind if kind in ("oom", "compile") else "failed",
+                error=_text(error),
+                memory=_memory_after_failure(error, 0) if kind == "oom" else None,
+            )
+            self._send(broken)
             return
         self._send(ready)
         while not self._stopping:
             message = self._receive()
-            if isinstance(message, Shutdown):
-                return
-            if isinstance(message, Generate) and not self._serve(generator, message, Path(assign.output_dir)):
+            if isinstance(message, Generate) and not self._serve(generator, message):
                 return
 
     def _start(self, assign: Assign, desk: socket.socket | None) -> tuple[Generator, Ready]:
@@ -104,18 +158,28 @@ class ShapeServer:
         warm = time.monotonic()
         trace_s = engine.seconds_compiling()
         engine.trim_memory()
+        memory = engine.memory(generator.weights_bytes)
         return generator, Ready(
-            pid=os.getpid(),
             import_s=imported - self._started,
             load_s=loaded - imported,
             trace_s=trace_s,
-            warm_s=warm - loaded - trace_s,
-            memory=engine.memory(generator.weights_bytes),
+            warm_s=max(0.0, warm - loaded - trace_s),
+            memory=memory.model_copy(update={"generated": assign.warm_up is not None}),
         )
 
-    def _serve(self, generator: Generator, message: Generate, output_dir: Path) -> bool:
+    def _serve(self, generator: Generator, message: Generate) -> bool:
         """Answer one job. False when this process must not serve another."""
-        from ltx2_pool.model import engine, mp4
+        self._busy = True
+        try:
+            answer = self._answer(generator, message)
+            self._send(answer)
+        finally:
+            self._busy = False
+        return isinstance(answer, Done) or answer.kind in ("refused", "soft", "cancelled")
+
+    def _answer(self, generator: Generator, message: Generate) -> Done | Failed:
+        """Make the video. Whatever the outcome, the memory that it took is given back before it is told."""
+        from ltx2_pool.model import engine
 
         job = message.job
         phases: list[tuple[str, float]] = []
@@ -129,62 +193,59 @@ class ShapeServer:
                 raise engine.Cancelled
             self._send(Step(job_id=job.id, done=done, total=total))
 
-        path = output_dir / f"{job.id}.mp4"
         before = engine.compiled_so_far()
-        self._busy = True
         try:
-            clip = generator.generate(job, on_phase, on_step)
-            on_phase("encode")
-            engine.trim_memory()  # the GPU is another job's now
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
-            mp4.encode(clip, path, job.comment)
-            size = path.stat().st_size
-        except engine.Cancelled:
-            self._send(Failed(job_id=job.id, kind="cancelled", error="cancelled"))
-            return True
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
+            # First, because a directory that is gone or full must not cost the device a video. The worker has made the
+            # file, and removes it; another one, or a link in its place, is not written to.
+            output = os.open(message.output, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                clip = generator.generate(job, on_phase, on_step)
+                engine.trim_memory()  # before "encode" is said: the device is another job's then
+                on_phase("encode")
+                _write(clip, output, job.comment)
+            finally:
+                os.close(output)
+        except engine.Cancelled as error:
+            kind: Kind = "cancelled"
+            text = "cancelled"
+            memory = _memory_after_failure(error, generator.weights_bytes)
         except Exception as error:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
             traceback.print_exc()
-            kind: Literal["fatal", "compile", "refused", "soft"] = (
-                "fatal" if engine.is_fatal(error)
-                else "compile" if engine.is_compile_failure(error)
-                else "refused" if engine.is_refusal(error)
-                else "soft"
-            )  # fmt: skip
-            self._send(Failed(job_id=job.id, kind=kind, error=f"{type(error).__name__}: {error}"[:2000]))
-            return kind in ("refused", "soft")
-        finally:
-            self._busy = False
-        ends = [begin for _, begin in phases[1:]] + [time.monotonic()]
-        self._send(
-            Done(
+            kind, text = _kind(error), _text(error)
+            memory = _memory_after_failure(error, generator.weights_bytes)
+        else:
+            ends = [begin for _, begin in phases[1:]] + [time.monotonic()]
+            sample_rate = clip.sample_rate
+            del clip
+            engine.trim_memory()
+            return Done(
                 job_id=job.id,
-                size=size,
-                sample_rate=clip.sample_rate,
+                sample_rate=sample_rate,
                 phases={name: end - begin for (name, begin), end in zip(phases, ends, strict=True)},
                 compiled=engine.compiled_so_far().since(before),
                 memory=engine.memory(generator.weights_bytes),
             )
-        )
-        return True
+        return Failed(job_id=job.id, kind=kind, error=text, memory=memory)
 
     def _cancelled(self, job_id: str) -> bool:
         while self._connection.poll(0):
             message = self._receive()
             if isinstance(message, Cancel) and message.job_id == job_id:
                 return True
-            if isinstance(message, Shutdown):
-                self._stopping = True
         return False
 
     def _receive(self) -> protocol.FromParent:
-        return protocol.decode_from_parent(self._connection.recv_bytes(protocol.MAX_MESSAGE))
+        try:
+            payload = self._connection.recv_bytes(protocol.MAX_MESSAGE)
+        except (EOFError, OSError) as error:
+            raise ParentGone from error
+        return protocol.decode_from_parent(payload)
 
     def _send(self, message: protocol.FromChild) -> None:
-        self._connection.send_bytes(protocol.encode(message))
+        try:
+            self._connection.send_bytes(protocol.encode(message))
+        except OSError as error:
+            raise ParentGone from error
 
     def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
         """Idle: exit now. Generating: finish the job first; the parent's SIGKILL bounds that."""
@@ -193,9 +254,60 @@ class ShapeServer:
             _exit(0)
 
 
-def _is_compile_failure(error: Exception) -> bool:
+def _write(clip: Clip, output: int, comment: str) -> None:
+    """Encode into an open file. FFmpeg opens it again by its descriptor (it moves the index to the front in the end),
+    so that nobody can put another file in its place meanwhile."""
+    from ltx2_pool.model import mp4
+
+    mp4.encode(clip, Path(f"/proc/self/fd/{output}"), comment)
+
+
+def _kind(error: Exception) -> Kind:
+    """What an error means for this process, as far as the engine could be loaded."""
+    if isinstance(error, MemoryError):
+        return "oom"
     engine = sys.modules.get("ltx2_pool.model.engine")
-    return engine is not None and bool(engine.is_compile_failure(error))
+    if engine is None:
+        return "soft"
+    for kind, applies in (
+        ("oom", engine.is_out_of_memory),
+        ("fatal", engine.is_fatal),
+        ("compile", engine.is_compile_failure),
+        ("refused", engine.is_refusal),
+    ):
+        if applies(error):
+            return kind  # type: ignore[return-value]  # the literals above
+    return "soft"
+
+
+def _text(error: Exception) -> str:
+    """``ExceptionClass: message``, with the root of it where the message hides it."""
+    text = f"{type(error).__name__}: {error}"[:_MAX_ERROR]
+    root: BaseException = error
+    while (deeper := root.__cause__ or root.__context__) is not None:
+        root = deeper
+    if isinstance(root, OSError) and str(root) not in text:
+        text += f" (because of {type(root).__name__}: {root})"[:_MAX_ERROR]
+    return text
+
+
+def _memory_after_failure(error: Exception, weights_bytes: int) -> Memory | None:
+    """Give back what a failed job took, and say what is left; None when a broken device does not tell."""
+    from ltx2_pool.model import engine
+
+    seen: set[int] = set()
+    chained: BaseException | None = error
+    while chained is not None and id(chained) not in seen:
+        seen.add(id(chained))
+        traceback.clear_frames(chained.__traceback__)  # their locals are the tensors
+        chained = chained.__cause__ or chained.__context__
+    gc.collect()
+    try:
+        engine.trim_memory()
+        return engine.memory(weights_bytes)
+    except Exception:
+        traceback.print_exc()
+        return None
 
 
 def _die_with_parent() -> None:

@@ -71,17 +71,39 @@ class LoadError(Exception):
     """The checkpoint could not be loaded. The message says what to do."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the host: for this job's want of it, or a neighbour's."""
+    return any(
+        isinstance(seen, MemoryError | torch.OutOfMemoryError)
+        or (
+            isinstance(seen, RuntimeError)
+            and any(
+                sign in str(seen)
+                for sign in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+            )
+        )
+        for seen in _chain(error)
+    )
+
+
 def is_fatal(error: BaseException) -> bool:
-    """Whether this process can not be trusted after the error: a CUDA fault or memory that ran out."""
+    """Whether this process cannot be trusted after the error: a fault of the device, or memory that ran out."""
+    return is_out_of_memory(error) or any(
+        isinstance(seen, torch.AcceleratorError)
+        or (
+            isinstance(seen, RuntimeError)
+            and any(sign in str(seen) for sign in ("CUDA error", "CUDNN_STATUS", "cuBLAS", "CUBLAS_STATUS"))
+        )
+        for seen in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
-            return True
-        text = str(seen)
-        if isinstance(seen, RuntimeError) and ("CUDA error" in text or "CUDNN_STATUS" in text or "cuBLAS" in text):
-            return True
+        yield seen
         seen = seen.__cause__ or seen.__context__
-    return False
 
 
 def is_compile_failure(error: BaseException) -> bool:
@@ -322,7 +344,10 @@ def trim_memory() -> None:
 
 
 def memory(weights_bytes: int) -> Memory:
-    """What this process needs besides `weights_bytes`, and its peak since the last call. Call after `trim_memory`."""
+    """What this process needs besides `weights_bytes`, and its peak since the last call. Call after `trim_memory`.
+
+    A device is free of a job while its video is encoded: that takes main memory, which on a CPU is all there is.
+    """
     if torch.cuda.is_available():
         reserved, peak = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
         torch.cuda.reset_peak_memory_stats()
@@ -330,6 +355,7 @@ def memory(weights_bytes: int) -> Memory:
         return Memory(
             resident=max(0, reserved + context - weights_bytes),
             peak=max(0, peak + context - weights_bytes),
+            encoding=max(0, reserved + context - weights_bytes),
             weights=weights_bytes,
         )
     pss, peak = _proportional_set_size()

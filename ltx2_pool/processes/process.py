@@ -1,94 +1,34 @@
-"""One child process seen from the worker: spawn, send, await, cancel, stop, kill, and its last output lines."""
+"""One child process seen from the worker. Whoever notices or causes its end, it ends in one way: see `ChildProcess`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
+from ltx2_pool.processes import endings
+from ltx2_pool.processes.connection import Channel, open_channel
 from ltx2_pool.processes.guard import Guard, kill_group
-from ltx2_pool.words import protocol
-from ltx2_pool.words.protocol import (
-    Assign,
-    Broken,
-    Cancel,
-    Done,
-    Failed,
-    FromChild,
-    FromParent,
-    Generate,
-    Memory,
-    Phase,
-    Ready,
-    Step,
-)
-from ltx2_pool.words.recipe import Recipe
-from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Shape
+from ltx2_pool.processes.output import OutputTail as OutputTail
+from ltx2_pool.processes.reaping import exit_of as exit_of
+from ltx2_pool.processes.reaping import settle_exit as settle_exit
+from ltx2_pool.processes.spawner import Launched as Launched
+from ltx2_pool.processes.spawner import Spawner
+from ltx2_pool.words.outcomes import ProcessLost, Reason
+from ltx2_pool.words.protocol import Broken, FromChild, FromParent, Memory, Ping, ProtocolError
 
 logger = logging.getLogger(__name__)
-output_logger = logging.getLogger("ltx2_pool.model.child")
 
-TAIL_LINES = 50
-_MAX_LINE = 2000
-"""Characters of one line of output that are kept."""
-_CHUNK = 1 << 16
-
-Reason = Literal[
-    "cuda_fault",
-    "spawn_timeout",
-    "spawn_eof",
-    "spawn_parse_error",
-    "gen_timeout",
-    "gen_eof",
-    "desync",
-    "parse_error",
-    "send_failed",
-    "cancel_timeout",
-    "weights_lost",
-    "compile",
-]
-"""Why a process was lost."""
-
-OnEvent = Callable[[Phase | Step], None]
-
-
-class ProcessLost(Exception):
-    """A child process is gone, or was made to go. The message ends with the last lines of its output."""
-
-    def __init__(self, name: str, reason: Reason, what: str, tail: Sequence[str] = ()) -> None:
-        self.name, self.reason, self.what, self.tail = name, reason, what, tuple(tail)
-        output = "\n".join(f"  | {line}" for line in tail) or "  | (it printed nothing)"
-        super().__init__(f"{name}: {what}. Its last output:\n{output}")
-
-
-class JobFailed(Exception):
-    """The process answered that it could not make this video, and serves on."""
-
-    def __init__(self, shape: Shape, kind: Literal["refused", "soft", "cancelled"], error: str) -> None:
-        self.shape, self.kind, self.error = shape, kind, error
-        super().__init__(f"{shape.key}: {error}")
-
-
-class State(enum.Enum):
-    """The life of a shape process."""
-
-    SPAWNING = "spawning"
-    READY = "ready"
-    BUSY = "busy"
-    DRAINING = "draining"
-    DEAD = "dead"
+_LINGERING = 1.0
+"""Seconds that a child may live after it closed its Connection, and its Connection after it died."""
+_SILENT_TICKS = 4
+"""A child is silent when none of so many ticks of the watchdog in a row saw a message. Ticks and not a difference of
+clock times: a worker that was stopped for a while itself must not kill its children when it goes on."""
 
 
 @dataclass(frozen=True)
@@ -96,136 +36,74 @@ class Timeouts:
     """Deadlines in seconds."""
 
     spawn: float = 180
+    """For a shape process to be READY, its warm-up video included."""
     weights: float = 900
     """For loading the checkpoint once in the weights process."""
     generation: float = 1800
     cancel: float = 30
+    """For a job to stop that was told to."""
     term: float = 30
+    """For an idle process to end after SIGTERM."""
     send: float = 10
+    """For a child to take a message."""
+    silence: float = 20
+    """Between two messages of a child, pings included. It counts from the first; until then `spawn` does."""
 
 
-@dataclass(frozen=True)
-class Launched:
-    """A started process: its pid, and a future for its exit status (negative: killed by that signal).
-
-    When the future is done, the child is reaped and nothing of its process group is left.
-    """
-
-    pid: int
-    exited: asyncio.Future[int]
-
-
-class Spawner(Protocol):
-    """A way to start the child program (:mod:`ltx2_pool.model.child`)."""
-
-    async def launch(self, environment: Mapping[str, str], inherited: Sequence[int], output: int) -> Launched:
-        """Start a child as leader of its own process group, with `output` as its stdout and stderr.
-
-        `inherited` are the descriptors it gets: its Connection, and its socket to or from the weights process if it
-        has one. Raises OSError when the system refuses.
-        """
-        ...
-
-    async def close(self) -> None:
-        """Release what the spawner itself holds. Its children must have ended before."""
-        ...
-
-
-class ExecSpawner:
-    """Starts a fresh interpreter for each child."""
-
-    def __init__(self, program: Sequence[str] = (sys.executable, "-m", "ltx2_pool.model.child")) -> None:
-        self._program = list(program)
-
-    async def launch(self, environment: Mapping[str, str], inherited: Sequence[int], output: int) -> Launched:
-        """As :meth:`Spawner.launch`."""
-        child = subprocess.Popen(  # noqa: ASYNC220 - returns when the program is loaded, which takes a millisecond
-            [*self._program, *map(str, inherited)],
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=inherited,
-            start_new_session=True,
-        )
-        exited = exit_of(child.pid)
-
-        def remember(ended: asyncio.Future[int]) -> None:
-            # A Popen that is dropped without a status is reaped behind our back by the next one (subprocess._cleanup).
-            child.returncode = ended.result()
-
-        exited.add_done_callback(remember)
-        return Launched(child.pid, exited)
-
-    async def close(self) -> None:
-        """Nothing is held."""
-
-
-def exit_of(pid: int) -> asyncio.Future[int]:
-    """The exit status of a child of this process, told by the kernel through a pidfd: no polling, no SIGCHLD handler.
-
-    When the future is done, the child is reaped and its process group is gone.
-    """
-    loop = asyncio.get_running_loop()
-    exited: asyncio.Future[int] = loop.create_future()
-    pidfd = os.pidfd_open(pid)
-
-    def on_exit() -> None:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-        kill_group(pid)  # what it left behind; not yet reaped, so the number is still the group's
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        settle_exit(exited, pid, status)
-
-    loop.add_reader(pidfd, on_exit)
-    return exited
-
-
-def settle_exit(exited: asyncio.Future[int], pid: int, status: int) -> None:
-    """Set the exit status of a reaped and killed process once the rest of its group is reaped as well."""
-    reaping = asyncio.ensure_future(_reap_group(pid))
-    _reaping.add(reaping)
-
-    def settle(_: object) -> None:
-        _reaping.discard(reaping)
-        if not exited.done():
-            exited.set_result(status)
-
-    reaping.add_done_callback(settle)
-
-
-_reaping: set[asyncio.Future[None]] = set()
-
-
-async def _reap_group(group: int) -> None:
-    """Reap what a dead child had started: to a subreaper, as the zygote makes this process, orphans are its own."""
-    for _ in range(200):
-        try:
-            while os.waitpid(-group, os.WNOHANG)[0]:  # noqa: ASYNC222 - returns at once
-                pass
-        except ChildProcessError:
-            return
-        await asyncio.sleep(0.005)  # killed, but not dead yet
+class Gone(Exception):
+    """Nothing more will come from the process. Never leaves this package: ProcessLost says why."""
 
 
 class ChildProcess:
-    """A child, its Connection and its output. What the messages mean is the subclass's business."""
+    """A child, its Connection and its output. What the messages mean is the subclass's business.
+
+    Three verbs end it: `stop` within a grace, `kill` now, and `exited` waits. `_doom` records the first cause and
+    kills; `_bury` runs once for each launched process, and when it is done nothing of the process is left here.
+    """
 
     def __init__(self, name: str, spawner: Spawner, guard: Guard, timeouts: Timeouts) -> None:
         self.name = name
-        self.state = State.SPAWNING
-        self.pid: int | None = None
+        self.memory: Memory | None = None
         self._spawner = spawner
         self._guard = guard
         self._timeouts = timeouts
-        self._exited: asyncio.Future[int] | None = None
-        self._end: asyncio.Task[int] | None = None
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._begun = False
+        self._launching: asyncio.Future[Launched] | None = None
+        self._launched: Launched | None = None
+        self._pidfd: int | None = None
+        self._channel: Channel | None = None
         self._output: OutputTail | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._burial: asyncio.Task[None] | None = None
+        self._answer: asyncio.Future[FromChild] | None = None
+        """What the caller who talks to it now waits for."""
+        self._job_began = False
+        self._ready = False
+        self._ending = False
+        self._cause: tuple[Reason, str] | None = None
+        """Why it was made to end; None while it was not, and when it ended by itself."""
+        self._over = asyncio.Event()
+        """Nothing more will be read from it."""
+        self._gone = asyncio.Event()
+        self._status: int | None = None
+        self._watched = False
+        self._heard = True
+        self._quiet_ticks = 0
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._oom_kills = 0
 
     def __str__(self) -> str:
         return f"{self.name} (pid {self.pid})"
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None before it has one."""
+        return None if self._launched is None else self._launched.pid
+
+    @property
+    def alive(self) -> bool:
+        """False from the moment its end was noticed or caused; what it held may not be released yet."""
+        return not self._ending
 
     @property
     def tail(self) -> Sequence[str]:
@@ -242,262 +120,255 @@ class ChildProcess:
     ) -> FromChild:
         """Spawn the child, send it its first message, and return its answer.
 
-        `other` is a socket that it inherits besides its Connection. Raises ProcessLost; the child is then gone.
+        `other` is a socket that it inherits besides its Connection. Raises ProcessLost and nothing else; the child is
+        then gone. Cancelling the task ends it.
         """
+        if not self.alive:
+            raise await self.loss()
+        self._begun = True
         try:
             async with asyncio.timeout(timeout):
-                if self.state is State.SPAWNING:
-                    await self._launch(environment, [] if other is None else [other.fileno()])
-                if self.state is not State.SPAWNING:
-                    raise await self._lost("spawn_eof", "was told to stop while it started")
-                await self._send(first)
-                message = await self._receive("spawn_eof", "spawn_parse_error")
+                await self._launch(environment, [] if other is None else [other.fileno()])
+                message = await self._ask(first)
+        except Gone:
+            raise await self.loss() from None
         except TimeoutError:
-            raise await self._lost("spawn_timeout", f"not READY within {timeout:g} s; {advice}") from None
+            self._doom("spawn_timeout", f"was not READY within {timeout:g} s; {advice}")
+            raise await self.loss() from None
+        except asyncio.CancelledError:
+            self._doom("killed", "is not wanted any more")
+            raise
+        except Exception as error:
+            self._doom("system", f"could not be started: {type(error).__name__}: {error}")
+            raise await self.loss() from error
         if isinstance(message, Broken):
-            raise await self._lost("compile" if message.compile else "spawn_eof", f"could not start: {message.error}")
+            self.memory = message.memory or self.memory
+            reason, advice = self._why_broken(message)
+            self._doom(reason, f"could not start: {message.error}{advice}")
+            raise await self.loss()
         return message
 
     async def exited(self) -> int:
-        """Wait for the end of the process; everything it held in this one is released when this returns."""
-        return 0 if self._end is None else await asyncio.shield(self._end)
+        """Wait for its end; when this returns, everything it held here and on its devices is released."""
+        await self._gone.wait()
+        return self._status or 0
 
-    async def stop(self) -> int:
+    async def stop(self) -> None:
         """SIGTERM, and SIGKILL after the grace. An idle child ends at once, a busy one after its job."""
-        self.state = State.DRAINING
-        if self._exited is not None and not self._exited.done():
+        was_alive, self._ending = self.alive, True
+        if self._launched is None:
+            self.kill()
+        elif was_alive:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid or 0, signal.SIGTERM)
-            done, _ = await asyncio.wait([self._exited], timeout=self._timeouts.term)
-            if not done:
-                logger.warning("%s ignored SIGTERM for %g s: killing it", self, self._timeouts.term)
-                self.kill()
-        return await self.exited()
-
-    def kill(self) -> None:
-        """SIGKILL the child and everything it started."""
-        if self.state is not State.DEAD:
-            self.state = State.DRAINING
-        if self.pid is not None and self._exited is not None and not self._exited.done():
-            kill_group(self.pid)
-
-    async def _launch(self, environment: Mapping[str, str], inherited: Sequence[int]) -> None:
-        parent, child = socket.socketpair()
-        read_end, write_end = os.pipe()
+                os.kill(self._launched.pid, signal.SIGTERM)
         try:
-            with child:
-                launched = await self._spawner.launch(
-                    {**environment, "PYTHONUNBUFFERED": "1"}, [child.fileno(), *inherited], write_end
-                )
-        except BaseException as error:
-            parent.close()
-            os.close(read_end)
-            if isinstance(error, OSError):
-                raise ProcessLost(self.name, "spawn_eof", f"could not be started: {error}") from error
-            raise
-        finally:
-            os.close(write_end)
-        self.pid, self._exited = launched.pid, launched.exited
-        self._end = asyncio.create_task(self._release(launched))
-        self._guard.watch(launched.pid)
-        self._output = OutputTail(f"{self.name} pid={self.pid}", read_end)
-        parent.setblocking(False)
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=parent, limit=protocol.MAX_MESSAGE)
-
-    async def _release(self, launched: Launched) -> int:
-        status = await launched.exited
-        self.state = State.DEAD
-        self._guard.forget(launched.pid)
-        if self._writer is not None:
-            self._writer.close()
-            with contextlib.suppress(OSError):
-                await self._writer.wait_closed()
-        if self._output is not None:
-            await self._output.close()
-        return status
-
-    async def _send(self, message: FromParent) -> None:
-        assert self._writer is not None
-        self._writer.write(protocol.frame(protocol.encode(message)))
-        try:
-            async with asyncio.timeout(self._timeouts.send):
-                await self._writer.drain()
-        except (OSError, TimeoutError) as error:
-            raise await self._lost("send_failed", f"does not take messages ({type(error).__name__})") from error
-
-    async def _receive(self, on_eof: Reason, on_garbage: Reason) -> FromChild:
-        assert self._reader is not None
-        try:
-            header = await self._reader.readexactly(protocol.HEADER.size)
-            payload = await self._reader.readexactly(protocol.payload_length(header))
-            return protocol.decode_from_child(payload)
-        except (asyncio.IncompleteReadError, OSError) as error:
-            what = "ended before READY" if self.state is State.SPAWNING else "ended"
-            raise await self._lost(on_eof, what) from error
-        except protocol.ProtocolError as error:
-            raise await self._lost(on_garbage, f"broke the protocol: {error}") from error
-
-    async def _lost(self, reason: Reason, what: str) -> ProcessLost:
-        """Make sure that the process is gone, and say why with its last words."""
-        if self._exited is not None and not self._exited.done() and reason.endswith("eof"):
-            # The Connection closes a moment before the process ends: wait for the status it ends with.
-            await asyncio.wait([self._exited], timeout=1)
-        was_killed = self._exited is not None and not self._exited.done()
-        self.kill()
-        status = await self.exited()
-        if not was_killed and self.pid is not None:
-            what += f" ({_describe(status)})"
-        return ProcessLost(self.name, reason, f"process {self.pid} {what}", self.tail)
-
-
-class ShapeProcess(ChildProcess):
-    """A child pinned to one shape. Its owner calls `start` once, then `reserve` and `generate` for each job."""
-
-    def __init__(self, shape: Shape, spawner: Spawner, guard: Guard, timeouts: Timeouts) -> None:
-        super().__init__(shape.key, spawner, guard, timeouts)
-        self.shape = shape
-        self.ready: Ready | None = None
-        self.memory: Memory | None = None
-        """What it held when it last said so."""
-        self.jobs_done = 0
-        self.started_at = time.monotonic()
-        self._doomed: asyncio.TimerHandle | None = None
-        self._why_killed: Reason | None = None
-
-    async def start(
-        self, recipe: Recipe, cache: CacheDirs, output_dir: str, warm_up: Job | None = None,
-        desk: socket.socket | None = None,
-    ) -> Ready:  # fmt: skip
-        """Spawn the child and wait until it is READY: with a hot shape when `warm_up` is given.
-
-        `desk` is where it borrows the weights; without one it loads the checkpoint. Raises ProcessLost; the child is
-        then gone.
-        """
-        self.started_at = time.monotonic()
-        assign = Assign(
-            shape=self.shape, recipe=recipe, output_dir=output_dir, warm_up=warm_up, borrow=desk is not None
-        )
-        message = await self.begin(
-            recipe.environment(cache), desk, assign, self._timeouts.spawn,
-            "raise LTX2_POOL_SPAWN_TIMEOUT if it only needs longer",
-        )  # fmt: skip
-        if not isinstance(message, Ready):
-            raise await self._lost("spawn_parse_error", f"sent {message.type!r} before READY")
-        self.ready, self.memory = message, message.memory
-        self.state = State.READY
-        return message
-
-    def reserve(self) -> None:
-        """Take the idle process for one `generate`."""
-        assert self.state is State.READY, f"{self} is {self.state}"
-        self.state = State.BUSY
-
-    async def generate(self, job: Job, on_event: OnEvent) -> Done:
-        """Have the reserved child make one video. Raises JobFailed (it serves on) or ProcessLost (it does not)."""
-        assert self.state is State.BUSY, f"{self} is {self.state}: reserve it first"
-        try:
-            async with asyncio.timeout(self._timeouts.generation):
-                await self._send(Generate(job=job))
-                done = await self._answer(job, on_event)
+            async with asyncio.timeout(self._timeouts.term):
+                await self._gone.wait()
         except TimeoutError:
-            raise await self._lost("gen_timeout", f"a generation took over {self._timeouts.generation:g} s") from None
-        finally:
-            if self._doomed is not None:
-                self._doomed.cancel()
-                self._doomed = None
-            if self.state is State.BUSY:
-                self.state = State.READY
-        self.jobs_done += 1
-        self.memory = done.memory
-        return done
-
-    async def _answer(self, job: Job, on_event: OnEvent) -> Done:
-        while True:
-            message = await self._receive("gen_eof", "parse_error")
-            if not isinstance(message, Phase | Step | Done | Failed):
-                raise await self._lost("desync", f"sent {message.type!r} in the middle of a job")
-            if message.job_id != job.id:
-                raise await self._lost("desync", f"answered job {message.job_id!r} while {job.id!r} was asked")
-            if isinstance(message, Done):
-                return message
-            if isinstance(message, Failed):
-                if message.kind == "compile":
-                    raise await self._lost("compile", f"could not compile: {message.error}")
-                if message.kind == "fatal":
-                    raise await self._lost("cuda_fault", f"a fatal error ended it: {message.error}")
-                raise JobFailed(self.shape, message.kind, message.error)
-            on_event(message)
-
-    def cancel(self, job: Job) -> None:
-        """Ask the child to stop a job between two steps; kill it when it has not within the cancel grace."""
-        if self.state is not State.BUSY or self._doomed is not None:
-            return
-        assert self._writer is not None
-        self._writer.write(protocol.frame(protocol.encode(Cancel(job_id=job.id))))
-
-        def doom() -> None:
-            logger.warning("%s did not stop job %s within %g s: killing it", self, job.id, self._timeouts.cancel)
-            self.kill("cancel_timeout")
-
-        self._doomed = asyncio.get_running_loop().call_later(self._timeouts.cancel, doom)
+            logger.warning("%s did not end within %g s of SIGTERM: killing it", self, self._timeouts.term)
+            self.kill()
+        await self._gone.wait()
 
     def kill(self, why: Reason | None = None) -> None:
-        """SIGKILL the child and everything it started; `why` is the reason that its job is told."""
-        self._why_killed = self._why_killed or why
-        super().kill()
+        """SIGKILL it and everything it started. `why` is what a job in it is told. May be called again."""
+        self._doom(why or "killed", "was killed" if why is None else f"was killed ({why.replace('_', ' ')})")
 
-    async def _lost(self, reason: Reason, what: str) -> ProcessLost:
-        if self._why_killed is not None and reason.endswith("eof"):
-            reason = self._why_killed
-        return await super()._lost(reason, what)
+    async def loss(self) -> ProcessLost:
+        """The error to raise once it has ended, or was made to: why, and its last words."""
+        with contextlib.suppress(TimeoutError):
+            # Even SIGKILL can take long, while a driver is in the middle of something.
+            async with asyncio.timeout(self._timeouts.term + 3 * _LINGERING):
+                await self._gone.wait()
+        reason, what = self._cause or self._own_end()
+        if self._status is not None and (self._cause is None or self._status >= 0):
+            what += f" ({endings.describe(self._status)})"
+        where = "the process" if self.pid is None else f"process {self.pid}"
+        return ProcessLost(self.name, reason, f"{where} {what}", self.tail, began=self._job_began, memory=self.memory)
 
-
-class OutputTail:
-    """Drains a pipe that holds a process's stdout and stderr: keeps the last lines and logs them all.
-
-    Nothing in them is ever interpreted.
-    """
-
-    def __init__(self, name: str, fd: int) -> None:
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._name = name
-        self._task = asyncio.create_task(self._drain(fd))
-
-    async def close(self) -> None:
-        """Take in what is left in the pipe of a process that has ended, and release it."""
-        # Only a grandchild in a group of its own could still hold it open.
-        await asyncio.wait([self._task], timeout=1)
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-
-    async def _drain(self, fd: int) -> None:
-        reader = asyncio.StreamReader(limit=_CHUNK)
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", buffering=0)
-        )
-        rest = b""
+    async def _launch(self, environment: Mapping[str, str], inherited: Sequence[int]) -> None:
         try:
-            while chunk := await reader.read(_CHUNK):
-                *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
-                rest = rest[-_CHUNK:]
-                for line in lines:
-                    self._keep(line)
-            self._keep(rest)
+            self._channel, theirs = await open_channel()
+            with theirs:
+                read_end, write_end = os.pipe()
+                try:
+                    self._output = OutputTail(self.name, read_end)
+                    self._oom_kills = endings.oom_kills()
+                    self._launching = asyncio.ensure_future(
+                        self._spawner.launch(
+                            {**environment, "PYTHONUNBUFFERED": "1"}, [theirs.fileno(), *inherited], write_end
+                        )
+                    )
+                    await self._launching
+                finally:
+                    os.close(write_end)
+        except asyncio.CancelledError:
+            this = asyncio.current_task()
+            if self._cause is None or (this is not None and this.cancelling()):
+                raise
+            raise Gone from None  # killed while it was launched
         finally:
-            transport.close()
+            # From here on to the burial nothing waits, so that nothing can be lost: a task may be cancelled, and its
+            # process be there all the same.
+            launching = self._launching
+            if launching is not None and launching.done() and not launching.cancelled() and not launching.exception():
+                self._launched = launching.result()
+                self._burial = asyncio.create_task(self._bury(self._launched))
+            else:
+                self._burial = asyncio.create_task(self._release())
+        if self._ending:
+            raise Gone
+        pid = self._launched.pid if self._launched is not None else 0
+        if self._output is not None:
+            self._output.name = f"{self.name} pid={pid}"
+        self._listening = asyncio.create_task(self._listen(self._channel))
+        self._guard.watch(pid)
+        self._watch_exit(pid)
 
-    def _keep(self, raw: bytes) -> None:
-        line = raw[:_MAX_LINE].decode(errors="replace").rstrip()
-        if line:
-            self.tail.append(line)
-            output_logger.info("[%s] %s", self._name, line)
+    def _watch_exit(self, pid: int) -> None:
+        """Notice the end before everything of it is reaped, and also when somebody else holds its Connection open."""
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._ending = True
+        else:
+            asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
 
+    def _on_exit(self) -> None:
+        self._ending = True
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
 
-def _describe(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    try:
-        return f"killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"killed by signal {-status}"
+    async def _ask(self, message: FromParent) -> FromChild:
+        """Send a message and return the answer. Raises Gone."""
+        if self._over.is_set() or self._channel is None:
+            raise Gone
+        answer: asyncio.Future[FromChild] = asyncio.get_running_loop().create_future()
+        self._answer = answer
+        try:
+            try:
+                async with asyncio.timeout(self._timeouts.send):
+                    await self._channel.send(message)
+            except TimeoutError:
+                self._doom("send_failed", f"took no message within {self._timeouts.send:g} s")
+            except OSError:
+                pass  # it is gone: the Connection's end says so
+            return await answer
+        finally:
+            if not answer.cancel() and not answer.cancelled():
+                answer.exception()  # whoever asked may have been cancelled in this very moment
+            self._answer = None
+
+    async def _listen(self, channel: Channel) -> None:
+        """Read what it sends, until it ends or is made to."""
+        try:
+            async for message in channel.messages():
+                if self._cause is not None:
+                    return
+                self._heard = True
+                if not self._watched:
+                    self._watched = True
+                    self._tick()
+                if not isinstance(message, Ping):
+                    self._take(message)
+        except ProtocolError as error:
+            self._doom("parse_error" if self._ready else "spawn_parse_error", f"broke the protocol: {error}")
+        self._ending = True
+        self._finish()
+        if self._launched is not None and not self._launched.exited.done():
+            self._later(_LINGERING, lambda: self._doom(*self._own_end()))
+
+    def _take(self, message: FromChild) -> None:
+        """Deal with one message, other than a ping: here, an answer."""
+        if self._answer is None or self._answer.done():
+            self._doom("desync" if self._ready else "spawn_parse_error", f"sent {message.type!r} unasked")
+        else:
+            self._answer.set_result(message)
+
+    def _tick(self) -> None:
+        self._quiet_ticks = 0 if self._heard else self._quiet_ticks + 1
+        self._heard = False
+        if self._quiet_ticks >= _SILENT_TICKS:
+            self._doom("silent", f"sent nothing for {self._timeouts.silence:g} s: it is stopped, or stuck")
+        elif not self._over.is_set():
+            self._later(self._timeouts.silence / _SILENT_TICKS, self._tick)
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+        """A timer that does not outlive the process."""
+
+        def ring() -> None:
+            self._timers.discard(timer)
+            call()
+
+        timer = asyncio.get_running_loop().call_later(seconds, ring)
+        self._timers.add(timer)
+        return timer
+
+    def _doom(self, reason: Reason, what: str) -> None:
+        """Make it end now. The first cause is the one that is told."""
+        self._ending = True
+        if self._cause is None and not self._gone.is_set():
+            self._cause = reason, what
+        self._finish()
+        if not self._begun:
+            self._gone.set()
+        elif self._launched is not None:
+            if not self._launched.exited.done():
+                kill_group(self._launched.pid)
+        elif self._launching is not None:
+            self._launching.cancel()
+
+    def _finish(self) -> None:
+        """Nothing more will be read: whoever waits for an answer is told."""
+        self._over.set()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(Gone())
+
+    async def _bury(self, launched: Launched) -> None:
+        """The one end of a launched process: reaped, forgotten, and everything that it held here released."""
+        if self._ending:
+            kill_group(launched.pid)
+        status = await launched.exited
+        self._on_exit()
+        try:
+            if self._listening is not None:
+                # What it sent before it died is still to be read; only a stray holder keeps its Connection open.
+                await asyncio.wait([self._listening], timeout=_LINGERING)
+                self._listening.cancel()
+                await asyncio.wait([self._listening])
+            self._guard.forget(launched.pid)
+        finally:
+            self._status = status
+            self._finish()
+            await self._release()
+
+    async def _release(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        try:
+            if self._channel is not None:
+                self._channel.abort()
+            if self._output is not None:
+                await self._output.close()
+        finally:
+            self._gone.set()
+
+    def _own_end(self) -> tuple[Reason, str]:
+        """Why it ended when nothing here made it."""
+        when = "" if self._ready else " before READY"
+        if self._status is None:
+            return "gen_eof" if self._ready else "spawn_eof", f"closed its Connection{when}"
+        if self._status == -signal.SIGKILL and endings.oom_kills() > self._oom_kills:
+            return "oom", f"was killed{when} by the kernel: the machine's or the container's main memory ran out"
+        if endings.came_from_outside(self._status):
+            return "killed", f"was ended{when} from outside"
+        return "gen_eof" if self._ready else "spawn_eof", f"ended{when}"
+
+    def _why_broken(self, message: Broken) -> tuple[Reason, str]:
+        if message.kind == "oom":
+            return "oom", "; it needs more memory than its device or this machine has free"
+        if endings.is_machines_fault(message.error):
+            return "system", "; free or allow what this machine refused"
+        return ("compile" if message.kind == "compile" else "spawn_eof"), ""
