@@ -140,7 +140,7 @@ class Book:
             ("user_queue_full", of_user, limits.per_user),
         ):
             if count >= limit:
-                raise QueueFull(reason, count, self.expected_wait(now))
+                raise QueueFull(reason, count, self.expected_wait())
         ticket = Ticket(
             number=next(self._numbers), key=key, since=now, turn=self._turns.next(user), job=job, user=user,
             settle=settle,
@@ -335,7 +335,7 @@ class Book:
                 return False
         return ready > 0
 
-    def expected_wait(self, now: float) -> float:
+    def expected_wait(self) -> float:
         """Seconds that a job admitted now would wait for the jobs before it, by what their shapes took lately."""
         leases = sum(max(1, room.leases) for room in self.ledger.rooms().values())
         jobs = Counter(ticket.key for ticket in (*self.waiting, *self.running.values()))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ltx2_pool.processes.process import Reason, State
+from ltx2_pool.words.outcomes import REASONS, REJECTIONS
 
 LATENCY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600, 1800)
 """Seconds. Hot videos took 2 to 9 s on an H200, cold ones 20 s, and the first systems needed 206 s."""
@@ -17,7 +16,7 @@ SPAWN_BUCKETS = (0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 180, 600)
 STATUSES = ("DONE", "ERROR", "FATAL")
 PHASES = ("queue", "text", "denoise", "decode", "encode", "respond")
 START_PHASES = ("import", "attach", "trace", "warm_up")
-REJECTIONS = ("invalid", "queue_full", "shape_queue_full", "unavailable", "poisonous", "closed", "timeout")
+STATES = ("loading", "spawning", "ready", "generating", "encoding", "draining")
 
 
 class Metrics:
@@ -71,16 +70,17 @@ class Metrics:
         self.baked = self._gauge(
             "ltx2_pool_baked", "1 when the shape's baked compile cache was found good", "shape_key"
         )
-        self.breaker = self._gauge(
-            "ltx2_pool_breaker_open", "1 while the shape is left alone after failed starts", "shape_key"
+        self.unavailable = self._gauge(
+            "ltx2_pool_unavailable", "1 while the shape's jobs are refused, after failed starts", "shape_key"
         )
+        self.able = self._gauge("ltx2_pool_able", "1 while some video can be made: what the worker's health says")
         self._shape_keys = tuple(shape_keys)
         for key in shape_keys:
             for counter in (self.spawns, self.evictions, self.retries, self.cancellations):
                 counter.labels(key)
             for histogram in (self.latency, self.cold_spawn):
                 histogram.labels(key)
-            for gauge in (self.queue, self.baked, self.breaker):
+            for gauge in (self.queue, self.baked, self.unavailable):
                 gauge.labels(key)
             for status in STATUSES:
                 self.requests.labels(key, status)
@@ -88,22 +88,22 @@ class Metrics:
                 self.phase.labels(key, phase)
             for kind in ("resident", "peak"):
                 self.memory.labels(key, kind)
-            for state in State:
-                self.state.labels(key, state.value)
-        for reason in get_args(Reason):
+            for state in STATES:
+                self.state.labels(key, state)
+        for reason in REASONS:
             self.failures.labels(reason)
         for phase in START_PHASES:
             self.start_phase.labels(phase)
-        for reason in REJECTIONS:
-            self.rejections.labels(reason)
+        for rejection in REJECTIONS:
+            self.rejections.labels(rejection)
 
     def set_shapes(self, states: Mapping[str, str], waiting: Mapping[str, int], unavailable: Collection[str]) -> None:
-        """By shape key: the state of its process, the jobs that wait for it, and whether it is left alone."""
+        """By shape key: the state of its process, the jobs that wait for it, and whether they are refused."""
         for key in self._shape_keys:
-            for state in State:
-                self.state.labels(key, state.value).set(states.get(key) == state.value)
+            for state in STATES:
+                self.state.labels(key, state).set(states.get(key) == state)
             self.queue.labels(key).set(waiting.get(key, 0))
-            self.breaker.labels(key).set(key in unavailable)
+            self.unavailable.labels(key).set(key in unavailable)
 
     def documented(self) -> list[tuple[str, str, tuple[str, ...], str]]:
         """Name, type, labels and meaning of every series, for the RUNBOOK's table."""

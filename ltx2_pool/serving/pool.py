@@ -1,575 +1,423 @@
-"""The pool: which job goes to which shape process, which shapes have one, and who waits.
+"""The pool: carries out what the book decides. Every action has one owner here, and every owner settles what it owns.
 
-All decisions are made in one synchronous function, :meth:`SubprocessPool._schedule`, run after every event. Nothing is
-locked, and nothing is awaited while deciding, so a spawn or a generation of one shape can not hold up another.
-
-The rule: jobs are looked at from the oldest to the newest. A job whose process is idle gets a lease on the GPU, if one
-is free. A job whose shape has no process gets room for one: free room, or that of the least recently used idle
-processes that no older job waits for. A busy process is never evicted. Spawns need no lease, so hot shapes flow on
-beside them; but as soon as a process is READY, no younger job starts before the job that waited for it.
+An event (a request, a message of a child, the end of a process) changes the :class:`~ltx2_pool.serving.book.Book`, and
+:meth:`Pool._decide` carries out what follows. A process is owned by `_live` from its start to its end, a job in a
+process by `_run`. Whatever is raised in an owner becomes an answer, a returned reservation and a counted loss: an error
+that nobody foresaw costs the process that it happened to, and no more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import os
 import time
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ltx2_pool.caches.manifest import WARM_UP_COMMAND
-from ltx2_pool.processes.process import JobFailed, OnEvent, ProcessLost, ShapeProcess, State
-from ltx2_pool.serving.breaker import Breaker
-from ltx2_pool.serving.capacity import Capacity, FixedCapacity
+from ltx2_pool.processes.host import Host, Process
+from ltx2_pool.serving.book import Answer, Begin, Book, Ticket
+from ltx2_pool.serving.ledger import Phase, Reservation
 from ltx2_pool.serving.metrics import Metrics
-from ltx2_pool.words.protocol import Lending, Phase, Ready, Step
+from ltx2_pool.serving.report import Health, Report
+from ltx2_pool.serving.schedule import Evict, Pause, Refuse, Start, Wake
+from ltx2_pool.words.device import Device
+from ltx2_pool.words.outcomes import JobFailed, JobTimeout, NoRoom, OnEvent, PoolClosed, ProcessLost, Rejected, Video
+from ltx2_pool.words.protocol import Phase as PhaseBegins
+from ltx2_pool.words.protocol import Ready, Step
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Shape
+from ltx2_pool.words.shapes import Key, Shape
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 2
-"""How many processes a job may lose in the middle of it before it fails."""
-POISON_SECONDS = 600.0
-"""For how long the parameters of a job that ended two processes are refused."""
-_MAX_POISONS = 1000
 
-
-class Rejected(Exception):
-    """The job is not made, and no process was at fault. `reason` is the label of the rejection metric."""
-
-    reason = "closed"
-
-
-class PoolClosed(Rejected):
-    """The worker is shutting down and takes no more jobs."""
-
-
-class QueueFull(Rejected):
-    """Too many jobs wait already, in all (queue_full) or for this shape (shape_queue_full)."""
-
-    def __init__(self, reason: str, waiting: int, wait: float) -> None:
-        self.reason = reason
-        super().__init__(f"{waiting} jobs wait already, for some {wait:.0f} s")
-
-
-class Unavailable(Rejected):
-    """The shape's processes do not start at the moment."""
-
-    reason = "unavailable"
-
-
-class Poisonous(Rejected):
-    """These parameters ended two processes a short while ago."""
-
-    reason = "poisonous"
-
-
-class JobTimeout(Rejected, TimeoutError):
-    """The job was not done by its deadline."""
-
-    reason = "timeout"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the pool admits."""
-
-    max_queue: int = 64
-    max_queue_per_shape: int = 32
-    job_timeout: float = 3600
-    """Seconds from admission to the video."""
-
-
-@dataclass(frozen=True)
-class Video:
-    """A finished video in a file that the receiver deletes."""
-
-    path: Path
-    sample_rate: int
-    """Hz of the audio track, 0 without one."""
-    phases: dict[str, float]
-    """Seconds in each phase, ``queue`` included."""
-
-
-class Host(Protocol):
-    """What starts shape processes (:class:`ltx2_pool.processes.host.ProcessHost`)."""
-
-    async def start(self) -> None: ...
-
-    def process(self, shape: Shape) -> ShapeProcess: ...
-
-    async def start_process(
-        self, process: ShapeProcess, cache: CacheDirs, output_dir: str, warm_up: Job | None = None
-    ) -> Ready: ...
-
-    def on_weights_lost(self, call: Callable[[], None]) -> None: ...
-
-    @property
-    def lending(self) -> Lending | None: ...
-
-    @property
-    def pids(self) -> dict[str, int | None]: ...
-
-    async def close(self) -> None: ...
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """One admitted job on its way."""
-
-    number: int
-    job: Job
-    on_event: OnEvent
-    result: asyncio.Future[Video]
-    admitted: float = field(default_factory=time.monotonic)
-    losses: list[ProcessLost] = field(default_factory=list)
-    """The processes that it lost."""
-    process: ShapeProcess | None = None
-
-
-class SubprocessPool:
-    """Shape processes within a capacity, least recently used first out; at most `gpu_concurrency` generating."""
+class Pool:
+    """Makes videos in the processes of a host. One contract for all hosts: queue, deadlines, drain, metrics, errors."""
 
     def __init__(
         self,
         host: Host,
-        cache_root: Path,
+        book: Book,
         run_dir: Path,
         *,
-        capacity: Capacity | None = None,
-        gpu_concurrency: int = 1,
-        limits: Limits | None = None,
+        devices: tuple[Device, ...] = (),
+        memory_reserve: int = 0,
         warm_up: Callable[[Shape], Job] | None = None,
-        prewarm: Sequence[Shape] = (),
         ready_min: int = 0,
         metrics: Metrics | None = None,
-        make_breaker: Callable[[], Breaker] = Breaker,
     ) -> None:
+        """`devices`: those of the book's ledger whose budget is to be found out, less `memory_reserve` bytes each."""
         self._host = host
-        self._cache_root = cache_root
+        self._book = book
         self._run_dir = run_dir
-        self._capacity = capacity or FixedCapacity(2)
-        self._leases = gpu_concurrency
-        self._concurrency = gpu_concurrency
-        self._limits = limits or Limits()
+        self._devices = devices
+        self._reserve = memory_reserve
         self._warm_up = warm_up
-        self._prewarm = tuple(prewarm)
-        self._ready_min = min(ready_min, len(self._prewarm))
-        self._hot_enough = asyncio.Event()
-        self._metrics = metrics or Metrics([])
-        self._numbers = itertools.count()
-        self._processes: OrderedDict[Shape, ShapeProcess] = OrderedDict()
-        """Least recently used first."""
-        self._waiting: list[_Ticket] = []
-        """Oldest first."""
-        self._running: set[_Ticket] = set()
+        self._ready_min = ready_min
+        self._report = Report(host, book, metrics or Metrics([]))
+        self._metrics = self._report.metrics
+        self._handles: dict[int, Process] = {}
+        """By the number of their reservation."""
+        self._events: dict[int, OnEvent] = {}
+        """By the number of their ticket."""
+        self._lives: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._starting: dict[ShapeProcess, asyncio.Task[None]] = {}
-        self._breakers: defaultdict[Shape, Breaker] = defaultdict(make_breaker)
-        self._poisons: OrderedDict[Job, float] = OrderedDict()
-        """Parameters that ended two processes, and when they may come again."""
-        self._seconds: dict[Shape, float] = {}
-        """What a video of the shape took lately, on the GPU."""
-        self._last_errors: dict[Shape, str] = {}
-        self._closing = False
+        self._names = itertools.count()
+        self._timer: asyncio.TimerHandle | None = None
+        self._hot_enough = asyncio.Event()
+        self._started = False
+        self._closing: asyncio.Task[None] | None = None
+        self._progress = asyncio.Event()
+        """Set after every decision."""
+
+    # What the endpoint calls.
 
     async def start(self) -> None:
-        """Spawn ahead, and return when as many shapes as asked for are READY. Raises OSError without a guard."""
+        """Start ahead, and return when as many shapes as asked for are hot, or as many as can be.
+
+        Raises OSError when the host cannot be started at all.
+        """
         await self._host.start()
         self._host.on_weights_lost(self._on_weights_lost)
-        self._schedule()
+        if not self._host.lends:
+            self._measure()
+        self._decide()
         if self._ready_min:
             await self._hot_enough.wait()
+        self._started = True
+        self._publish()
 
-    async def generate(self, job: Job, on_event: OnEvent) -> Video:
-        """Make one video. Cancelling the awaiting task cancels the job, wherever it is.
+    async def generate(self, job: Job, on_event: OnEvent, user: str = "") -> Video:
+        """Make one video; the caller owns its file. Cancelling the awaiting task cancels the job, wherever it is.
 
-        Raises a Rejected, JobFailed (the pipeline said no) or ProcessLost (after the second process was lost).
+        Raises a Rejected, JobFailed (the pipeline said no) or ProcessLost (after the last process that it may lose).
         """
+        key, began = Key(job.shape), time.monotonic()
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def settle(outcome: Answer) -> None:
+            if not answer.done():
+                answer.set_result(outcome)
+            elif isinstance(outcome, Video):
+                _unlink(outcome.path)
+
         try:
-            self._admit(job)
-            ticket = _Ticket(next(self._numbers), job, on_event, asyncio.get_running_loop().create_future())
-            self._waiting.append(ticket)
-            self._schedule()
+            if self._host.broken is not None:
+                raise PoolClosed(f"nothing can be made here any more: {self._host.broken}")
+            ticket = self._book.admit(job, key, user, settle, began)
+            self._events[ticket.number] = on_event
+            self._decide()
             try:
-                async with asyncio.timeout(self._limits.job_timeout) as deadline:
-                    video = await ticket.result
-            except asyncio.CancelledError:
-                self._abandon(ticket)
-                self._metrics.cancellations.labels(job.shape.key).inc()
-                raise
-            except TimeoutError:
-                if not deadline.expired():
-                    raise
-                self._abandon(ticket)
-                raise JobTimeout(f"not done within {self._limits.job_timeout:g} s") from None
+                outcome = await self._answer(ticket, answer)
+            finally:
+                self._events.pop(ticket.number, None)
         except Rejected as rejected:
-            self._metrics.rejections.labels(rejected.reason).inc()
-            raise
-        except (JobFailed, ProcessLost) as error:
-            status = "FATAL" if isinstance(error, ProcessLost) else "ERROR"
-            self._metrics.requests.labels(job.shape.key, status).inc()
-            raise
-        self._metrics.requests.labels(job.shape.key, "DONE").inc()
-        self._metrics.latency.labels(job.shape.key).observe(time.monotonic() - ticket.admitted)
-        for phase, seconds in video.phases.items():
-            self._metrics.phase.labels(job.shape.key, phase).observe(seconds)
-        return video
+            outcome = rejected
+        self._report.answered(job.shape, outcome, time.monotonic() - began)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
-    def _admit(self, job: Job) -> None:
-        if self._closing:
-            raise PoolClosed("the worker is shutting down")
-        if (poisoned_until := self._poisons.get(_parameters(job))) is not None:
-            if (left := poisoned_until - time.monotonic()) > 0:
-                raise Poisonous(
-                    f"a job with these parameters ended {ATTEMPTS} processes; refused for {left:.0f} s more"
-                )
-            del self._poisons[_parameters(job)]
-        self._check_breaker(job.shape)
-        of_shape = sum(t.job.shape == job.shape for t in self._waiting)
-        if len(self._waiting) >= self._limits.max_queue:
-            raise QueueFull("queue_full", len(self._waiting), self.expected_wait())
-        if of_shape >= self._limits.max_queue_per_shape:
-            raise QueueFull("shape_queue_full", of_shape, self.expected_wait())
+    async def _answer(self, ticket: Ticket, answer: asyncio.Future[Answer]) -> Answer:
+        limit = self._book.limits.job_timeout
+        try:
+            done, _ = await asyncio.wait([answer], timeout=limit)
+        except asyncio.CancelledError:
+            self._metrics.cancellations.labels(ticket.job.shape.key).inc()
+            self._give_up(ticket, answer)
+            raise
+        if not done:
+            self._give_up(ticket, answer)
+            raise JobTimeout(f"not done within {limit:g} s")
+        return answer.result()
 
-    def expected_wait(self) -> float:
-        """Seconds that a job admitted now would wait for the jobs before it, by what their shapes took lately."""
-        ahead = [ticket.job.shape for ticket in (*self._waiting, *self._running)]
-        return sum(self._seconds.get(shape, 0.0) for shape in ahead) / self._concurrency
+    def _give_up(self, ticket: Ticket, answer: asyncio.Future[Answer]) -> None:
+        if answer.done():
+            outcome = answer.result()
+            if isinstance(outcome, Video):  # it came in the very moment in which its client left
+                _unlink(outcome.path)
+        answer.cancel()
+        process = self._book.give_up(ticket)
+        if process is not None and (handle := self._handles.get(process.id)) is not None:
+            handle.cancel(ticket.job)
+        self._decide()
 
     async def close(self, drain_timeout: float = 0) -> None:
-        """Take no more jobs, let those admitted finish for `drain_timeout` seconds, then stop every process."""
-        self._closing = True
-        pending = [t.result for t in (*self._waiting, *self._running) if not t.result.done()]
+        """Take no more jobs, let those admitted finish for `drain_timeout` seconds, then end every process.
+
+        May be called again, also while it runs: there is only one close.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(drain_timeout))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, drain_timeout: float) -> None:
+        self._book.close()
+        pending = len(self._book.waiting) + len(self._book.running)
         if pending and drain_timeout:
-            logger.info("draining %d jobs for at most %g s", len(pending), drain_timeout)
-            await asyncio.wait(pending, timeout=drain_timeout)
-        for ticket in self._waiting:
-            _settle(ticket, PoolClosed("the worker shut down before this job's turn came"))
-        self._waiting.clear()
-        for ticket in self._running:
-            _settle(ticket, PoolClosed("the worker shut down before this job was done"))
-            if ticket.process is not None:
-                ticket.process.kill()
-        for process, task in self._starting.items():
-            if process.pid is None:  # it waits for the zygote or the weights process: there is nothing to stop yet
-                task.cancel()
-        await asyncio.gather(*(process.stop() for process in self._processes.values()))
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+            logger.info("draining %d jobs for at most %g s", pending, drain_timeout)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain_timeout):
+                    while self._unanswered():
+                        self._progress.clear()
+                        await self._progress.wait()
+        self._book.settle_all(lambda: PoolClosed("the worker shut down before this job was done"))
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handle in self._handles.items():
+            if number in self._book.running:
+                handle.kill()
+            elif number in self._lives and handle.pid is None:  # it waits for a helper: nothing to stop yet
+                self._lives[number].cancel()
+        stopping = [asyncio.create_task(self._stop(handle)) for handle in self._handles.values()]
+        while pending_tasks := {*stopping, *self._tasks} - {task for task in stopping if task.done()}:
+            await asyncio.wait(pending_tasks)
         await self._host.close()
+
+    def _unanswered(self) -> bool:
+        return any(not ticket.answered for ticket in (*self._book.waiting, *self._book.running.values()))
 
     def abort(self) -> None:
         """Stop draining: tell the jobs that are left, and kill what generates them."""
-        self._closing = True
-        for ticket in (*self._waiting, *self._running):
-            _settle(ticket, PoolClosed("the worker was told to stop at once"))
-        for process in self._processes.values():
-            process.kill()
+        self._book.close()
+        self._book.settle_all(lambda: PoolClosed("the worker was told to stop at once"))
+        for handle in self._handles.values():
+            handle.kill()
+
+    @property
+    def health(self) -> Health:
+        """``unable``: no video can be made now, which may pass; ``broken``: it will not."""
+        return self._report.health
+
+    async def health_after(self, known: Health) -> Health:
+        """Wait until the health is another."""
+        return await self._report.health_after(known)
 
     def status(self) -> dict[str, Any]:
         """Processes, queue, memory and what went wrong last, for people and for tests."""
-        now = time.monotonic()
-        return {
-            **self._capacity.describe(),
-            "waiting": len(self._waiting),
-            "waiting_by_shape": dict(Counter(t.job.shape.key for t in self._waiting)),
-            "running": len(self._running),
-            "expected_wait_s": round(self.expected_wait(), 3),
-            "helpers": self._host.pids,
-            "processes": [
-                {
-                    "shape": p.shape.key,
-                    "state": p.state.value,
-                    "pid": p.pid,
-                    "jobs_done": p.jobs_done,
-                    "age_s": round(now - p.started_at, 1),
-                    "memory": p.memory.model_dump() if p.memory is not None else None,
-                }
-                for p in self._processes.values()
-            ],
-            "unavailable": {s.key: round(b.remaining, 1) for s, b in self._breakers.items() if b.remaining},
-            "last_errors": {shape.key: error for shape, error in self._last_errors.items()},
-        }
+        return self._report.status(self._handles)
 
-    def _schedule(self) -> None:
-        # Shapes that have room: those with a process that stays, and those promised to an older job in this pass.
-        claimed = {shape for shape, process in self._processes.items() if process.state is not State.DRAINING}
-        wanted: set[Shape] = set()
-        for ticket in tuple(self._waiting):
-            shape = ticket.job.shape
-            process = self._processes.get(shape)
-            if process is None:
-                if shape not in wanted:
-                    while not self._capacity.fits(claimed | {shape}) and (victim := self._victim(wanted)) is not None:
-                        self._evict(victim, shape)
-                        claimed.discard(victim.shape)
-                    if self._capacity.fits({*self._processes, shape}):
-                        self._spawn(shape)
-                    # Also when it does not fit yet: what gets free is not for a younger job.
-                    claimed.add(shape)
-            elif process.state is State.READY and self._leases > 0 and shape not in wanted:
-                self._dispatch(ticket, process)
-            wanted.add(shape)
-        if not self._waiting and not self._closing:
-            self._spawn_ahead()
+    def _entries(self) -> list[tuple[Reservation, Process]]:
+        reservations = self._book.ledger.reservations
+        return [(reservations[number], handle) for number, handle in self._handles.items() if number in reservations]
+
+    # Deciding, and doing.
+
+    def _decide(self) -> None:
+        """Carry out what follows from the last event. Nothing in here waits, and nothing can fail half-way."""
+        for entry, handle in self._entries():
+            if not handle.alive and entry.idle:  # seen before its owner had its turn
+                self._book.end(entry)
+        now = time.monotonic()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for action in self._book.next_actions(now, self._helpers_pause(now)):
+            match action:
+                case Begin():
+                    self._begin(action)
+                case Start():
+                    ticket = action.job
+                    assert isinstance(ticket, Ticket)
+                    self._own(self._run(ticket, action.process, self._handles[action.process.id]))
+                case Evict():
+                    logger.info("evicting %s: %s", action.process.key, action.why)
+                    self._metrics.evictions.labels(action.process.key.shape.key).inc()
+                    self._own(self._stop(self._handles[action.process.id]))
+                case Refuse():
+                    logger.warning("job refused: %s is %s", action.job.key, action.why)
+                case Wake():
+                    delay = max(0.0, action.at - now) + 1e-3
+                    self._timer = asyncio.get_running_loop().call_later(delay, self._decide)
         self._publish()
 
-    def _victim(self, wanted: set[Shape]) -> ShapeProcess | None:
-        """The least recently used idle process; one that nobody waits for, if there is such a one."""
-        idle = [p for s, p in self._processes.items() if p.state is State.READY and s not in wanted]
-        awaited = {ticket.job.shape for ticket in self._waiting}
-        return next((p for p in idle if p.shape not in awaited), idle[0] if idle else None)
+    def _helpers_pause(self, now: float) -> Pause | None:
+        if not (left := self._host.helpers_pause):
+            return None
+        return Pause(now + left, "waiting for the zygote or the weights process, which do not start")
 
-    def _spawn_ahead(self) -> None:
-        """Start one more of the shapes to prewarm, if nobody waits, nothing else starts, and it fits."""
-        if any(process.state is State.SPAWNING for process in self._processes.values()):
-            return
-        for shape in self._prewarm:
-            if shape in self._processes:
-                continue
-            if left := self._breakers[shape].remaining:
-                asyncio.get_running_loop().call_later(left, self._retry_prewarm, shape)
-            elif self._capacity.fits({*self._processes, shape}):
-                self._spawn(shape)
-                return
+    def _begin(self, action: Begin) -> None:
+        entry = action.process
+        self._metrics.spawns.labels(entry.key.shape.key).inc()
+        handle = self._handles[entry.id] = self._host.process(entry.key, entry.devices)
+        warm_up = self._warm_up(entry.key.shape) if self._warm_up is not None and action.warm else None
+        self._lives[entry.id] = self._own(self._live(entry, handle, warm_up))
 
-    def _retry_prewarm(self, shape: Shape) -> None:
-        if not self._closing and shape not in self._processes:
-            self._schedule()
-
-    def _spawn(self, shape: Shape) -> None:
-        process = self._host.process(shape)
-        self._processes[shape] = process
-        self._metrics.spawns.labels(shape.key).inc()
-        self._starting[process] = self._own(self._live(process))
-
-    async def _live(self, process: ShapeProcess) -> None:
-        """Own one process from its spawn to its end."""
-        shape = process.shape
-        warm_up = self._warm_up(shape) if self._warm_up is not None else None
+    async def _live(self, entry: Reservation, handle: Process, warm_up: Job | None) -> None:
+        """Own one process from its start to its end."""
         try:
-            ready = await self._host.start_process(
-                process, CacheDirs.of(self._cache_root, shape), str(self._run_dir), warm_up
-            )
-        except ProcessLost as lost:
-            await process.exited()
-            self._processes.pop(shape, None)
-            if not self._closing:
-                self._on_failed_start(shape, lost)
-        except asyncio.CancelledError:
-            self._processes.pop(shape, None)
-            raise
-        else:
-            del self._starting[process]
-            self._on_ready(process, ready)
-            status = await process.exited()
-            logger.info("%s ended with status %s", process, status)
-            self._processes.pop(shape, None)
+            try:
+                ready = await self._host.start_process(handle, warm_up)
+            except ProcessLost as lost:
+                self._on_failed_start(entry, lost)
+            except Exception as error:
+                logger.exception("%s could not be started", entry.key)
+                self._on_failed_start(entry, _unforeseen(entry.key, error))
+            else:
+                self._on_ready(entry, handle, ready)
+                status = await handle.exited()
+                logger.info("%s (pid %s) ended with status %s", entry.key, handle.pid, status)
+                if not entry.ending and entry.id not in self._book.running:
+                    idle = ProcessLost(str(entry.key), "killed", f"process {handle.pid} ended while idle", handle.tail)
+                    self._book.lost(entry, idle, time.monotonic())
+                    self._report.lost(entry.key, idle)
         finally:
-            self._starting.pop(process, None)
-        self._schedule()
+            # Also when this task is cancelled: whatever there is of the process goes, and then what it held.
+            handle.kill()
+            try:
+                await handle.exited()
+            finally:
+                self._book.end(entry)
+                self._book.gone(entry)
+                self._handles.pop(entry.id, None)
+                self._lives.pop(entry.id, None)
+                self._decide()
 
-    def _on_ready(self, process: ShapeProcess, ready: Ready) -> None:
-        key, seconds = process.shape.key, time.monotonic() - process.started_at
+    def _on_ready(self, entry: Reservation, handle: Process, ready: Ready) -> None:
+        seconds = time.monotonic() - handle.began
         logger.info(
-            "%s is ready after %.2f s (import %.2f, attach %.2f, trace %.2f, warm-up %.2f; %.2f GB)",
-            process, seconds, ready.import_s, ready.load_s, ready.trace_s, ready.warm_s, ready.memory.resident / 1e9,
-        )  # fmt: skip
-        self._breakers[process.shape].succeeded()
-        if (lending := self._host.lending) is not None:
-            self._capacity.lent(lending)
-            self._metrics.lent.set(lending.bytes)
-        self._remember_memory(process)
-        self._metrics.cold_spawn.labels(key).observe(seconds)
-        parts = (ready.import_s, ready.load_s, ready.trace_s, ready.warm_s)
-        for phase, part in zip(("import", "attach", "trace", "warm_up"), parts, strict=True):
-            self._metrics.start_phase.labels(phase).observe(part)
-        if sum(p.state in (State.READY, State.BUSY) for p in self._processes.values()) >= self._ready_min:
-            self._hot_enough.set()
-        self._schedule()
+            "%s (pid %s) is ready after %.2f s (import %.2f, attach %.2f, trace %.2f, warm-up %.2f; %.2f GB)",
+            entry.key,
+            handle.pid,
+            seconds,
+            ready.import_s,
+            ready.load_s,
+            ready.trace_s,
+            ready.warm_s,
+            ready.memory.resident / 1e9,
+        )
+        self._book.ready(entry, ready.memory, seconds)
+        if self._host.lends:
+            self._measure()
+        self._report.started(handle, ready, seconds)
+        self._decide()
 
-    def _on_failed_start(self, shape: Shape, lost: ProcessLost) -> None:
-        self._count_loss(shape, lost)
-        breaker = self._breakers[shape]
-        breaker.failed()
-        logger.error("spawn failed (%d in a row): %s", breaker.failures, lost)
-        if breaker.remaining:
-            logger.error(
-                "%s is left alone for %.0f s after %d failed starts", shape, breaker.remaining, breaker.failures
-            )
-            for ticket in [t for t in self._waiting if t.job.shape == shape]:
-                self._waiting.remove(ticket)
-                _settle(ticket, lost)
+    def _measure(self) -> None:
+        """Find out what each device has for us, where that is not known: what is free now, and what we hold already."""
+        for device in self._devices:
+            if self._book.ledger.budget(device.id) is None:
+                try:
+                    self._book.ledger.set_budget(device.id, device.free(), self._reserve)
+                except Exception as error:  # the driver may fail in any way: one process at a time until it answers
+                    logger.error("the free memory of %s (%s) is not known: %s", device.name, device.id, error)
 
-    def _check_breaker(self, shape: Shape) -> None:
-        if (breaker := self._breakers.get(shape)) is not None and breaker.remaining:
-            raise Unavailable(f"{shape.key} is left alone for {breaker.remaining:.0f} s after failed starts")
+    def _on_failed_start(self, entry: Reservation, lost: ProcessLost) -> None:
+        guilty = self._book.start_failed(entry, lost, time.monotonic())
+        self._report.lost(entry.key, lost)
+        starts = self._book.starts.get(entry.key)
+        failures = starts.failures if starts is not None else 0
+        if guilty:
+            logger.error("spawn failed (%d in a row): %s", failures, lost)
+        else:
+            logger.error("spawn failed, and will be tried again: %s", lost)
+        if (left := self._book.unavailable(time.monotonic()).get(entry.key)) is not None:
+            logger.error("%s is unavailable for %.0f s after %d failed starts", entry.key, left, failures)
+
+    async def _run(self, ticket: Ticket, entry: Reservation, handle: Process) -> None:
+        """Own one job in one process, from its start there to its file or its failure."""
+        began = time.monotonic()
+        queued = began - ticket.since
+        lease = entry.phase is Phase.GENERATING
+        encoding_began: float | None = None
+        output = self._run_dir / f"{ticket.job.id}.{ticket.attempts}.mp4"
+        logger.info("job %s starts shape=%s pid=%s queue=%.3f", ticket.job.id, entry.key, handle.pid, queued)
+
+        def on_event(event: PhaseBegins | Step) -> None:
+            nonlocal encoding_began
+            if isinstance(event, PhaseBegins) and event.phase == "encode" and encoding_began is None:
+                encoding_began = time.monotonic()
+                self._book.encoding(entry)  # the device is done with this job: the next one may have it
+                self._decide()
+            if not ticket.answered and (tell := self._events.get(ticket.number)) is not None:
+                tell(event)
+
+        delivered = False
+        try:
+            try:
+                _make_file(output)
+            except OSError as error:
+                raise NoRoom(f"the file for the video cannot be made: {error}") from error
+            done = await handle.generate(ticket.job, output, on_event)
+            seconds = (encoding_began or time.monotonic()) - began
+            video = Video(output, done.sample_rate, {"queue": queued, **done.phases})
+            delivered = self._book.done(entry, done.memory, video, seconds)
+            self._report.remember_memory(handle)
+        except (JobFailed, NoRoom) as failed:
+            self._book.failed(entry, failed)
+        except ProcessLost as lost:
+            self._on_lost(ticket, entry, lost)
+        except asyncio.CancelledError:
+            self._on_lost(ticket, entry, ProcessLost(str(entry.key), "killed", "its owner was cancelled"))
+            raise
+        except Exception as error:
+            logger.exception("job %s: an error that nobody foresaw", ticket.job.id)
+            self._on_lost(ticket, entry, _unforeseen(entry.key, error))
+        finally:
+            if entry.ending:
+                handle.kill()
+            if not delivered:
+                _unlink(output)
+            if lease:
+                self._metrics.lease.inc((encoding_began or time.monotonic()) - began)
+            self._decide()
+
+    def _on_lost(self, ticket: Ticket, entry: Reservation, lost: ProcessLost) -> None:
+        charge = self._book.lost(entry, lost, time.monotonic())
+        self._report.lost(entry.key, lost)
+        logger.error("job %s: %s", ticket.job.id, lost)
+        if charge == "retry":
+            logger.warning("job %s lost its process (%s) and is tried again", ticket.job.id, lost.reason)
+            self._metrics.retries.labels(entry.key.shape.key).inc()
+        elif charge == "poisoned":
+            logger.error("job %s ended %d processes: its parameters are refused", ticket.job.id, ticket.faults)
 
     def _on_weights_lost(self) -> None:
-        """What the borrowers have mapped is no more to be trusted: replace them all. Their jobs are tried again."""
-        for process in self._processes.values():
-            process.kill("weights_lost")
+        """What the borrowers have mapped can no longer be trusted: replace them all. Their jobs are tried again."""
+        for device in self._devices:
+            self._book.ledger.set_budget(device.id, None)
+        for handle in self._handles.values():
+            handle.kill("weights_lost")
+        self._decide()
 
-    def _evict(self, process: ShapeProcess, for_shape: Shape) -> None:
-        logger.info("evicting %s for %s", process, for_shape.key)
-        self._metrics.evictions.labels(process.shape.key).inc()
-        process.state = State.DRAINING
-
-        async def stop() -> None:
-            await process.stop()
-
-        self._own(stop())
-
-    def _dispatch(self, ticket: _Ticket, process: ShapeProcess) -> None:
-        self._waiting.remove(ticket)
-        self._running.add(ticket)
-        self._leases -= 1
-        ticket.process = process
-        self._processes.move_to_end(process.shape)
-        self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have tidied up
-        process.reserve()
-        self._own(self._run(ticket, process))
-
-    async def _run(self, ticket: _Ticket, process: ShapeProcess) -> None:
-        queued = time.monotonic() - ticket.admitted
-        logger.info("job %s starts shape=%s pid=%s queue=%.3f", ticket.job.id, process.shape.key, process.pid, queued)
-        lease = _Lease(self._return_lease)
-
-        def on_event(event: Phase | Step) -> None:
-            if isinstance(event, Phase) and event.phase == "encode":
-                lease.release()  # the GPU is done with this job: the next one may have it
-            if not ticket.result.done():
-                ticket.on_event(event)
-
+    async def _stop(self, handle: Process) -> None:
+        """Own the end of an idle process; `_live` owns the rest of it."""
         try:
-            done = await process.generate(ticket.job, on_event)
-        except JobFailed as failed:
-            _settle(ticket, failed)
-        except ProcessLost as lost:
-            self._count_loss(process.shape, lost)
-            logger.error("job %s: %s", ticket.job.id, lost)
-            self._running.discard(ticket)
-            ticket.process = None
-            if not ticket.result.done():
-                self._waiting.insert(0, ticket)
-                self._waiting.sort(key=lambda t: t.number)
-                self._charge(ticket, lost)
-        else:
-            self._remember_memory(process)
-            path = self._run_dir / f"{ticket.job.id}.mp4"
-            if ticket.result.done():
-                path.unlink(missing_ok=True)
-            else:
-                ticket.result.set_result(Video(path, done.sample_rate, {"queue": queued, **done.phases}))
-        finally:
-            self._running.discard(ticket)
-            held = lease.release()
-            self._seconds[process.shape] = 0.5 * (held + self._seconds.get(process.shape, held))
-            self._schedule()
-
-    def _charge(self, ticket: _Ticket, lost: ProcessLost) -> None:
-        """A job lost its process and waits again: let it try once more, or tell its client."""
-        ticket.losses.append(lost)
-        if len(ticket.losses) < ATTEMPTS and lost.reason != "gen_timeout":
-            logger.warning("job %s lost its process (%s) and is tried again", ticket.job.id, lost.reason)
-            self._metrics.retries.labels(ticket.job.shape.key).inc()
-            return
-        self._waiting.remove(ticket)
-        if len(ticket.losses) >= ATTEMPTS and all(loss.reason in _JOBS_OWN_FAULT for loss in ticket.losses):
-            logger.error("job %s ended %d processes: its parameters are refused for %g s", ticket.job.id,
-                         len(ticket.losses), POISON_SECONDS)  # fmt: skip
-            self._poisons[_parameters(ticket.job)] = time.monotonic() + POISON_SECONDS
-            if len(self._poisons) > _MAX_POISONS:
-                self._poisons.popitem(last=False)
-        _settle(ticket, lost)
-
-    def _count_loss(self, shape: Shape, lost: ProcessLost) -> None:
-        self._metrics.failures.labels(lost.reason).inc()
-        self._last_errors[shape] = str(lost)
-        if lost.reason == "compile":
-            self._set_cache_aside(shape)
-
-    def _set_cache_aside(self, shape: Shape) -> None:
-        """torch.compile failed on this shape's cache: let the next process compile into an empty one. Once."""
-        root = CacheDirs.of(self._cache_root, shape).root
-        aside = root.with_name(f"{root.name}.damaged")
-        if aside.exists() or not root.exists():
-            return
-        try:
-            root.rename(aside)
-        except OSError as error:
-            logger.error("the compile cache %s is damaged and can not be moved away: %s", root, error)
-        else:
-            logger.error("the compile cache of %s is damaged and now at %s; a new one is compiled. Bake it again: %s",
-                         shape.key, aside, WARM_UP_COMMAND.format(key=shape.key))  # fmt: skip
-
-    def _remember_memory(self, process: ShapeProcess) -> None:
-        if process.memory is not None:
-            self._capacity.observe(process.shape, process.memory)
-            self._metrics.memory.labels(process.shape.key, "resident").set(process.memory.resident)
-            self._metrics.memory.labels(process.shape.key, "peak").set(process.memory.peak)
-
-    def _abandon(self, ticket: _Ticket) -> None:
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
-            self._schedule()
-        elif ticket.process is not None:
-            ticket.process.cancel(ticket.job)
-
-    def _return_lease(self, held: float) -> None:
-        self._leases += 1
-        self._metrics.lease.inc(held)
-        self._schedule()
+            await handle.stop()
+        except Exception:
+            logger.exception("%s could not be stopped in good order", handle.key)
+            handle.kill()
 
     def _publish(self) -> None:
-        metrics = self._metrics
-        metrics.size.set(len(self._processes))
-        metrics.leases.set(self._concurrency - self._leases)
-        metrics.wait.set(self.expected_wait())
-        metrics.set_shapes(
-            {shape.key: process.state.value for shape, process in self._processes.items()},
-            Counter(ticket.job.shape.key for ticket in self._waiting),
-            {shape.key for shape, breaker in self._breakers.items() if breaker.remaining},
-        )
+        if self._book.hot_enough(self._ready_min, time.monotonic()):
+            self._hot_enough.set()
+        self._report.publish(self._started)
+        self._progress.set()
 
-    def _own(self, coroutine: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.create_task(coroutine)
+    def _own(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine, name=f"pool-{next(self._names)}")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._disown)
         return task
 
-
-_JOBS_OWN_FAULT: Collection[str] = ("gen_eof", "cuda_fault", "parse_error", "desync", "gen_timeout")
-"""Losses in the middle of a job that the job itself may have caused."""
-
-
-class _Lease:
-    """The right to use the GPU, given back once."""
-
-    def __init__(self, give_back: Callable[[float], None]) -> None:
-        self._give_back = give_back
-        self._began = time.monotonic()
-        self._held: float | None = None
-
-    def release(self) -> float:
-        """Give it back, if that was not done yet; returns for how many seconds it was held."""
-        if self._held is None:
-            self._held = time.monotonic() - self._began
-            self._give_back(self._held)
-        return self._held
+    def _disown(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("an owner failed to settle what it owned; report this", exc_info=error)
 
 
-def _parameters(job: Job) -> Job:
-    """The job without what makes it one of a kind."""
-    return replace(job, id="")
+def _unforeseen(key: Key, error: Exception) -> ProcessLost:
+    return ProcessLost(str(key), "system", f"{type(error).__name__}: {error}")
 
 
-def _settle(ticket: _Ticket, error: Exception) -> None:
-    if not ticket.result.done():
-        ticket.result.set_exception(error)
+def _make_file(path: Path) -> None:
+    """An empty file that only we can read, in a directory that is made again if somebody has tidied up."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

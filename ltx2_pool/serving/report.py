@@ -1,0 +1,144 @@
+"""What the pool says of itself: metrics, status, health, and the last error of each shape."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ltx2_pool.processes.host import Host, Process
+from ltx2_pool.serving.book import Book
+from ltx2_pool.serving.ledger import Phase, Reservation
+from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.words.outcomes import JobFailed, ProcessLost, Rejected, Video
+from ltx2_pool.words.protocol import Ready
+from ltx2_pool.words.shapes import Key, Shape
+
+Health = Literal["starting", "able", "unable", "broken"]
+
+_STATES = {
+    Phase.LOADING: "loading",
+    Phase.SPAWNING: "spawning",
+    Phase.IDLE: "ready",
+    Phase.GENERATING: "generating",
+    Phase.ENCODING: "encoding",
+}
+
+
+class Report:
+    """Counts what happens, and publishes what is."""
+
+    def __init__(self, host: Host, book: Book, metrics: Metrics) -> None:
+        self._host = host
+        self._book = book
+        self.metrics = metrics
+        self.health: Health = "starting"
+        self._health_waiters: list[asyncio.Future[None]] = []
+        self._last_errors: dict[str, str] = {}
+
+    def answered(self, shape: Shape, outcome: Video | Exception, seconds: float) -> None:
+        """A request got its answer, that many seconds after it came."""
+        key, metrics = shape.key, self.metrics
+        match outcome:
+            case Video():
+                metrics.requests.labels(key, "DONE").inc()
+                metrics.latency.labels(key).observe(seconds)
+                for phase, part in outcome.phases.items():
+                    metrics.phase.labels(key, phase).observe(part)
+            case Rejected():
+                metrics.rejections.labels(outcome.reason).inc()
+            case JobFailed():
+                metrics.requests.labels(key, "ERROR").inc()
+            case _:
+                metrics.requests.labels(key, "FATAL").inc()
+
+    def started(self, process: Process, ready: Ready, seconds: float) -> None:
+        """A process became ready, that many seconds after it was asked for."""
+        metrics = self.metrics
+        if (lending := self._host.lending) is not None:
+            metrics.lent.set(lending.bytes)
+        metrics.cold_spawn.labels(process.key.shape.key).observe(seconds)
+        parts = (ready.import_s, ready.load_s, ready.trace_s, ready.warm_s)
+        for phase, part in zip(("import", "attach", "trace", "warm_up"), parts, strict=True):
+            metrics.start_phase.labels(phase).observe(part)
+        self.remember_memory(process)
+
+    def remember_memory(self, process: Process) -> None:
+        """The process said what it holds."""
+        if process.memory is not None:
+            for kind in ("resident", "peak"):
+                self.metrics.memory.labels(process.key.shape.key, kind).set(getattr(process.memory, kind))
+
+    def lost(self, key: Key, lost: ProcessLost) -> None:
+        """A process was lost."""
+        self.metrics.failures.labels(lost.reason).inc()
+        self._last_errors[str(key)] = str(lost)
+
+    def publish(self, started: bool) -> None:
+        """Bring gauges and health up to date; `started`: the pool has started."""
+        now, book, metrics = time.monotonic(), self._book, self.metrics
+        entries = book.ledger.reservations.values()
+        metrics.size.set(len(entries))
+        metrics.leases.set(sum(r.phase is Phase.GENERATING for r in entries))
+        metrics.wait.set(book.expected_wait())
+        metrics.set_shapes(
+            {r.key.shape.key: _state(r) for r in entries},
+            Counter(ticket.key.shape.key for ticket in book.waiting),
+            {key.shape.key for key in book.unavailable(now)},
+        )
+        health: Health = "able" if book.able() else "unable"
+        if self._host.broken is not None:
+            health = "broken"
+        elif not started:
+            health = "starting"
+        metrics.able.set(health == "able")
+        if health != self.health:
+            self.health = health
+            for waiter in self._health_waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._health_waiters.clear()
+
+    async def health_after(self, known: Health) -> Health:
+        """Wait until the health is another."""
+        while self.health == known:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._health_waiters.append(waiter)
+            await waiter
+        return self.health
+
+    def status(self, handles: Mapping[int, Process]) -> dict[str, Any]:
+        """For people and for tests; `handles` are the processes by the number of their reservation."""
+        now, book = time.monotonic(), self._book
+        entries = book.ledger.reservations
+        return {
+            **book.ledger.describe(),
+            "health": self.health,
+            "waiting": len(book.waiting),
+            "waiting_by_shape": dict(Counter(str(ticket.key) for ticket in book.waiting)),
+            "running": len(book.running),
+            "leases": sum(r.phase is Phase.GENERATING for r in entries.values()),
+            "expected_wait_s": round(book.expected_wait(), 3),
+            "helpers": self._host.pids,
+            "processes": [
+                {
+                    "shape": str(entries[number].key),
+                    "state": _state(entries[number]),
+                    "pid": handle.pid,
+                    "devices": list(entries[number].devices),
+                    "jobs_done": handle.jobs_done,
+                    "age_s": round(now - handle.began, 1),
+                    "memory": handle.memory.model_dump() if handle.memory is not None else None,
+                }
+                for number, handle in handles.items()
+                if number in entries
+            ],
+            "unavailable": {str(key): round(left, 1) for key, left in book.unavailable(now).items()},
+            "last_errors": dict(self._last_errors),
+        }
+
+
+def _state(entry: Reservation) -> str:
+    return "draining" if entry.ending else _STATES[entry.phase]
