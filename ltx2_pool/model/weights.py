@@ -1,13 +1,12 @@
 """The weights process: loads LTX-2 once and lends its modules to shape processes, which then read no checkpoint.
 
-A borrower makes a socket pair and sends one end over the desk, a socket that it inherited. The answer is the pickled
-modules, in which tensors are handles: CUDA IPC handles for device memory (torch/multiprocessing/reductions.py), offsets
-in a sealed memory file for main memory. Only inherited descriptors are read, so the pickle is our own.
+What is lent (:mod:`ltx2_pool.model.lending` says how) are the pickled modules, in which tensors are handles: CUDA IPC
+handles for device memory (torch/multiprocessing/reductions.py), offsets in a sealed memory file for main memory. Only
+inherited descriptors are read, so the pickle is our own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import gc
 import io
@@ -26,37 +25,21 @@ from typing import Any
 import torch
 import torch.multiprocessing  # registers the reductions of CUDA tensors
 
-from ltx2_pool.model import engine
+from ltx2_pool.model import engine, lending
 from ltx2_pool.words import protocol
 from ltx2_pool.words.protocol import Broken, Checked, Checksum, Lend, Lending
 
 _ALIGNMENT = 64
-_SEND_TIMEOUT = 20.0
-"""Seconds a borrower has to take its answer; the next ones wait meanwhile."""
 
 
 def borrow(desk: socket.socket) -> dict[str, Any]:
     """Attach the lent modules, by their name in model_index.json. Raises EOFError when the weights process is gone."""
-    mine, theirs = socket.socketpair()
-    with theirs:
-        try:
-            socket.send_fds(desk, [b"lend"], [theirs.fileno()])
-        except OSError as error:
-            raise EOFError(f"the weights process is gone ({error})") from error
-    with mine:
-        _, (memory,), _, _ = socket.recv_fds(mine, 1, 1) if _has_answer(mine) else (b"", (None,), 0, None)
-        if memory is None:
-            raise EOFError("the weights process is gone")
-        blob = Connection(mine.detach()).recv_bytes()
+    blob, memory = lending.ask(desk)
     try:
         modules: dict[str, Any] = _Unpickler(io.BytesIO(blob), memory).load()
     finally:
         os.close(memory)  # a mapping outlives it
     return modules
-
-
-def _has_answer(answer: socket.socket) -> bool:
-    return bool(answer.recv(1, socket.MSG_PEEK))
 
 
 class WeightsServer:
@@ -68,7 +51,7 @@ class WeightsServer:
         self._started = started
 
     def run(self, lend: Lend) -> None:
-        """Returns when told to shut down. Raises EOFError when the worker is gone."""
+        """Returns when the checkpoint cannot be lent, else never. Raises EOFError when the worker is gone."""
         try:
             imported = time.monotonic()
             loan = Loan(engine.build_generator(lend.recipe.model_copy(update={"compile": False})).modules)
@@ -78,33 +61,28 @@ class WeightsServer:
             return
         self._send(
             Lending(
-                pid=os.getpid(),
                 import_s=imported - self._started,
                 load_s=time.monotonic() - imported,
                 bytes=loan.bytes,
                 overhead=engine.memory(loan.bytes).resident if engine.device_total() else 0,
-                device_total=engine.device_total(),
             )
         )
         with selectors.DefaultSelector() as selector:
             selector.register(self._connection, selectors.EVENT_READ)
-            selector.register(self._desk, selectors.EVENT_READ)
+            desk = lending.Desk(self._desk, selector, loan.answer)
             while True:
-                for key, _ in selector.select():
-                    if key.fileobj is self._desk:
-                        self._lend(loan)
-                        continue
-                    message = protocol.decode_from_parent(self._connection.recv_bytes(protocol.MAX_MESSAGE))
-                    if not isinstance(message, Checksum):
-                        return
-                    self._send(Checked(digest=loan.digest()))
+                for key, _ in selector.select(desk.patience()):
+                    if key.data is desk:
+                        desk.serve(key.fileobj)
+                    else:
+                        self._obey(loan)
+                desk.expire()
 
-    def _lend(self, loan: Loan) -> None:
-        _, descriptors, _, _ = socket.recv_fds(self._desk, 16, 1)
-        for descriptor in descriptors:
-            with contextlib.suppress(OSError), socket.socket(fileno=descriptor) as borrower:
-                borrower.settimeout(_SEND_TIMEOUT)
-                loan.send(borrower)
+    def _obey(self, loan: Loan) -> None:
+        message = protocol.decode_from_parent(self._connection.recv_bytes(protocol.MAX_MESSAGE))
+        if not isinstance(message, Checksum):
+            raise protocol.ProtocolError(f"expected a Checksum, got {message.type}")
+        self._send(Checked(digest=loan.digest()))
 
     def _send(self, message: protocol.FromChild) -> None:
         self._connection.send_bytes(protocol.encode(message))
@@ -113,7 +91,7 @@ class WeightsServer:
 class Loan:
     """Modules in a form that other processes can attach. Nobody can change those in main memory: their file is sealed.
 
-    CUDA IPC memory can not be sealed; the pipelines do not write to weights, and the tests compare digests.
+    CUDA IPC memory cannot be sealed; the pipelines do not write to weights, and the tests compare digests.
     """
 
     def __init__(self, modules: Mapping[str, Any]) -> None:
@@ -129,12 +107,11 @@ class Loan:
         gc.collect()
         engine.trim_memory()
 
-    def send(self, borrower: socket.socket) -> None:
-        """Answer one borrower. Raises OSError when it is gone or does not read."""
+    def answer(self) -> tuple[bytes, int]:
+        """What one borrower gets: the pickled modules, and the descriptor of the file."""
         blob = self._blob if self._modules is None else self._pickle(self._modules)
         assert blob is not None
-        socket.send_fds(borrower, [b"\0"], [self._memory.fd])
-        borrower.sendall(protocol.HEADER.pack(len(blob)) + blob)
+        return blob, self._memory.fd
 
     def digest(self) -> str:
         """A checksum of all that is lent."""

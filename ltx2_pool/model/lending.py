@@ -1,0 +1,159 @@
+"""How a loan reaches its borrower: over a socket of its own, and nobody waits for anybody.
+
+A borrower makes a socket pair and sends one end over the desk, a socket that it inherited. The answer is a descriptor
+of the shared memory, then one frame of bytes (:mod:`ltx2_pool.words.protocol`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from ltx2_pool.words import protocol
+
+SEND_TIMEOUT = 10.0
+"""Seconds that a borrower has to take its answer."""
+MAX_DELIVERIES = 64
+"""Answers under way at a time; more borrowers than that are not honest ones, and the oldest is dropped."""
+
+
+def ask(desk: socket.socket) -> tuple[bytes, int]:
+    """Ask for a loan: the bytes, and a descriptor of the memory. Raises EOFError when there is no lender."""
+    mine, theirs = socket.socketpair()
+    with mine:
+        with theirs:
+            try:
+                socket.send_fds(desk, [b"lend"], [theirs.fileno()], socket.MSG_NOSIGNAL)
+            except OSError as error:
+                raise EOFError(f"the weights process is gone ({error})") from error
+        try:
+            said, descriptors, _, _ = socket.recv_fds(mine, 1, 1)
+        except ConnectionError:
+            said, descriptors = b"", []
+        if not said:
+            raise EOFError("the weights process is gone")
+        if not descriptors:
+            raise OSError("no descriptor is left for the lent memory")
+        try:
+            with Connection(mine.detach()) as frame:
+                return frame.recv_bytes(), descriptors[0]
+        except (EOFError, OSError) as error:
+            os.close(descriptors[0])
+            raise EOFError(f"the weights process broke off its answer ({error})") from error
+
+
+class Desk:
+    """The lender's end: answers each borrower as fast as that one reads.
+
+    `answer` gives the bytes and the descriptor for one borrower. The owner calls `serve` whenever `selector` tells of a
+    key whose data is this desk, and waits no longer than `patience`.
+    """
+
+    def __init__(
+        self,
+        desk: socket.socket,
+        selector: selectors.BaseSelector,
+        answer: Callable[[], tuple[bytes, int]],
+        timeout: float = SEND_TIMEOUT,
+    ) -> None:
+        self._desk = desk
+        self._selector = selector
+        self._answer = answer
+        self._timeout = timeout
+        self._deliveries: dict[socket.socket, _Delivery] = {}
+        """The oldest first."""
+        desk.setblocking(False)
+        selector.register(desk, selectors.EVENT_READ, self)
+
+    def patience(self) -> float | None:
+        """Seconds until somebody's time is up; None while nobody borrows."""
+        oldest = next(iter(self._deliveries.values()), None)
+        return None if oldest is None else max(0.0, oldest.deadline - time.monotonic())
+
+    def serve(self, ready: object) -> None:
+        """Take a new borrower, or go on with that one."""
+        if ready is self._desk:
+            self._admit()
+        elif isinstance(ready, socket.socket) and ready in self._deliveries:
+            self._go_on(ready)
+
+    def expire(self) -> None:
+        """Drop those whose time is up."""
+        now = time.monotonic()
+        for borrower in [one for one, delivery in self._deliveries.items() if delivery.deadline <= now]:
+            self._drop(borrower)
+
+    def close(self) -> None:
+        """Drop them all."""
+        for borrower in list(self._deliveries):
+            self._drop(borrower)
+
+    def _admit(self) -> None:
+        try:
+            request, descriptors, _, _ = socket.recv_fds(self._desk, 16, 1)
+        except BlockingIOError:
+            return
+        if not request:  # no borrower is left, and none will come
+            self._selector.unregister(self._desk)
+            return
+        for number in descriptors:
+            try:
+                borrower = socket.socket(fileno=number)
+            except OSError:
+                os.close(number)  # something else than a socket
+                continue
+            if len(self._deliveries) >= MAX_DELIVERIES:
+                self._drop(next(iter(self._deliveries)))
+            borrower.setblocking(False)
+            blob, memory = self._answer()
+            self._deliveries[borrower] = _Delivery(blob, memory, time.monotonic() + self._timeout)
+            try:
+                self._selector.register(borrower, selectors.EVENT_WRITE, self)
+            except OSError:
+                del self._deliveries[borrower]
+                borrower.close()
+                continue
+            self._go_on(borrower)
+
+    def _go_on(self, borrower: socket.socket) -> None:
+        try:
+            done = self._deliveries[borrower].go_on(borrower)
+        except OSError:
+            done = True  # it is gone
+        if done:
+            self._drop(borrower)
+
+    def _drop(self, borrower: socket.socket) -> None:
+        del self._deliveries[borrower]
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(borrower)
+        borrower.close()
+
+
+class _Delivery:
+    """What one borrower has still to take, and until when."""
+
+    def __init__(self, blob: bytes, memory: int, deadline: float) -> None:
+        self._parts = [memoryview(protocol.HEADER.pack(len(blob))), memoryview(blob)]
+        self._memory: int | None = memory
+        self.deadline = deadline
+
+    def go_on(self, borrower: socket.socket) -> bool:
+        """Send what it takes now. True when it has everything. Raises OSError when it is gone."""
+        try:
+            if self._memory is not None:
+                socket.send_fds(borrower, [b"\0"], [self._memory], socket.MSG_NOSIGNAL)
+                self._memory = None
+            while self._parts:
+                sent = borrower.send(self._parts[0], socket.MSG_NOSIGNAL)
+                self._parts[0] = self._parts[0][sent:]
+                if not self._parts[0]:
+                    del self._parts[0]
+        except BlockingIOError:
+            return False
+        return True
