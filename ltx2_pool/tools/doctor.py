@@ -1,7 +1,8 @@
-"""``worker.py doctor``: is this machine fit to serve, and if not, what mends it. Starts nothing."""
+"""``ltx2-worker doctor``: is this machine fit to serve, and if not, what fixes it. Starts nothing."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -17,7 +18,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ltx2_pool.caches import manifest
-from ltx2_pool.serving.capacity import main_memory
+from ltx2_pool.processes import lock
+from ltx2_pool.words import device
+from ltx2_pool.words.device import Device, DeviceError, main_memory
+from ltx2_pool.words.extras import missing_for
 from ltx2_pool.words.settings import Settings, SettingsError
 from ltx2_pool.words.shapes import Menu, MenuError
 
@@ -52,39 +56,70 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> Iterator[Find
     yield Finding(
         "C++ compiler", "ok" if compiler else "bad", compiler or "none", "install g++: inductor compiles with it"
     )
-    yield from _gpu()
+    yield from _devices(environment)
     yield _menu(settings)
     yield _checked("checkpoint", settings.check_model, str(settings.model), "give --model a Diffusers-layout directory")
     yield from _caches(settings)
     free = main_memory()
-    yield Finding("main memory", "ok" if free > 8 * _GIB else "note", f"{free / _GIB:.0f} GiB free",
-                  "the zygote and each shape process need some; 8 GiB is little")  # fmt: skip
+    yield Finding(
+        "main memory",
+        "ok" if free > 8 * _GIB else "note",
+        f"{free / _GIB:.0f} GiB free",
+        "the zygote and each shape process need some; 8 GiB is little",
+    )
     yield _system_port(environment.get("DYN_SYSTEM_PORT", ""))
     yield from _dynamo(settings, environment)
+    if url := settings.media_output_fs_url:
+        missing = missing_for(url)
+        yield Finding(
+            "video store", "bad" if missing else "ok", missing or url, "or leave LTX2_MEDIA_OUTPUT_FS_URL out"
+        )
 
 
-def _gpu() -> Iterator[Finding]:
-    import pynvml
-
+def _devices(environment: Mapping[str, str]) -> Iterator[Finding]:
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        yield Finding("GPU", "note", f"none ({error})", "fine for the tiny model; for a real one, install the driver "
-                      "and run the container with --gpus")  # fmt: skip
+        devices, driver = device.visible(environment), device.driver()
+    except DeviceError as error:
+        yield Finding("device", "bad", str(error), "a GPU or its driver is broken: no process would find it either")
         return
+    if not devices[0].is_gpu:
+        asked = environment.get("CUDA_VISIBLE_DEVICES")
+        found = f"none is visible with CUDA_VISIBLE_DEVICES={asked!r}" if driver and asked is not None else "none"
+        yield Finding(
+            "device",
+            "note",
+            found,
+            "fine for the tiny model; for a real one, install the driver and run the container with --gpus",
+        )
+        return
+    yield Finding("driver", "ok", driver)
+    for number, one in enumerate(devices):
+        what = "device" if len(devices) == 1 else f"device {number}"
+        yield Finding(what, "ok", f"{one.name}, capability {one.capability}, {one.id}")
+        yield _device_memory(f"{what} memory", one)
+        yield _checked(
+            f"{what} lock", functools.partial(_try_lock, one), "no other worker here", "one worker for each device"
+        )
+
+
+def _try_lock(one: Device) -> None:
+    os.close(lock.hold(one))
+
+
+def _device_memory(what: str, one: Device) -> Finding:
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        count = pynvml.nvmlDeviceGetCount()
-        yield Finding("GPU", "ok", f"{pynvml.nvmlDeviceGetName(handle)}, capability {major}.{minor}, {count} in all")
-        yield Finding("driver", "ok", str(pynvml.nvmlSystemGetDriverVersion()))
-        busy = memory.used > 2 * _GIB
-        yield Finding("GPU memory", "note" if busy else "ok",
-                      f"{memory.free / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free",
-                      "something uses it already (nvidia-smi shows what)")  # fmt: skip
-    finally:
-        pynvml.nvmlShutdown()
+        free, tenants = one.free(), one.tenants()
+    except DeviceError as error:
+        return Finding(what, "bad", str(error), "a GPU or its driver is broken: no process would find it either")
+    used = (
+        ", ".join(f"pid {tenant.pid}: {tenant.bytes / _GIB:.1f} GiB" for tenant in tenants) or "nobody that NVML names"
+    )
+    return Finding(
+        what,
+        "note" if one.total - free > 2 * _GIB else "ok",
+        f"{free / _GIB:.1f} of {one.total / _GIB:.1f} GiB free",
+        f"something uses it already ({used}): end it, or choose another device with CUDA_VISIBLE_DEVICES",
+    )
 
 
 def _menu(settings: Settings) -> Finding:
@@ -92,7 +127,7 @@ def _menu(settings: Settings) -> Finding:
         menu = Menu.load(settings.shapes)
         menu.check_image(settings.image_shape_hash)
     except (MenuError, OSError) as error:
-        return Finding("menu", "bad", str(error), "mend that line, or serve the menu that the image was baked for")
+        return Finding("menu", "bad", str(error), "fix that line, or serve the menu that the image was baked for")
     return Finding("menu", "ok", f"{settings.shapes}: {len(menu.shapes)} shapes, hash {menu.hash}")
 
 
@@ -109,9 +144,12 @@ def _caches(settings: Settings) -> Iterator[Finding]:
     existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     writable = os.access(existing, os.W_OK)
-    yield Finding("cache root", "ok" if writable and free > _GIB else "note",
-                  f"{root}: {free / _GIB:.0f} GiB free" + ("" if writable else ", read-only"),
-                  "make it writable, with 1 GiB free, unless every shape is baked")  # fmt: skip
+    yield Finding(
+        "cache root",
+        "ok" if writable and free > _GIB else "note",
+        f"{root}: {free / _GIB:.0f} GiB free" + ("" if writable else ", read-only"),
+        "make it writable, with 1 GiB free, unless every shape is baked",
+    )
     try:
         menu = Menu.load(settings.shapes)
         problems = manifest.check(root, settings.recipe, menu.shapes)
@@ -128,8 +166,12 @@ def _caches(settings: Settings) -> Iterator[Finding]:
 
 def _system_port(port: str) -> Finding:
     if not port:
-        return Finding("system port", "note", "DYN_SYSTEM_PORT is not set: no metrics, no health",
-                       "set it to a free port below 32768")  # fmt: skip
+        return Finding(
+            "system port",
+            "note",
+            "DYN_SYSTEM_PORT is not set: no metrics, no health",
+            "set it to a free port below 32768",
+        )
     if not port.isdigit() or not int(port) < 2**15:
         return Finding(
             "system port", "bad", f"DYN_SYSTEM_PORT={port}", "choose a number below 32768: Dynamo reads 16 bits"
@@ -149,17 +191,31 @@ def _dynamo(settings: Settings, environment: Mapping[str, str]) -> Iterator[Find
         directory = Path(environment.get("DYN_FILE_KV") or "/tmp/dynamo_store_kv")
         existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
         writable = os.access(existing, os.W_OK)
-        yield Finding("discovery", "ok" if writable else "bad", f"file: {directory}",
-                      "set DYN_FILE_KV to a directory that worker and frontend can write")  # fmt: skip
+        yield Finding(
+            "discovery",
+            "ok" if writable else "bad",
+            f"file: {directory}",
+            "set DYN_FILE_KV to a directory that worker and frontend can write",
+        )
     elif settings.discovery == "etcd":
         endpoints = environment.get("ETCD_ENDPOINTS", "http://localhost:2379").split(",")
-        yield _reachable("discovery", "etcd", endpoints[0], 2379, "start etcd, set ETCD_ENDPOINTS, or use "
-                         "DYN_DISCOVERY_BACKEND=file on one host")  # fmt: skip
+        yield _reachable(
+            "discovery",
+            "etcd",
+            endpoints[0],
+            2379,
+            "start etcd, set ETCD_ENDPOINTS, or use DYN_DISCOVERY_BACKEND=file on one host",
+        )
     else:
         yield Finding("discovery", "ok", settings.discovery)
     if environment.get("DYN_REQUEST_PLANE", "tcp") == "nats":
-        yield _reachable("request plane", "nats", environment.get("NATS_SERVER", "nats://localhost:4222"), 4222,
-                         "start NATS, set NATS_SERVER, or use DYN_REQUEST_PLANE=tcp")  # fmt: skip
+        yield _reachable(
+            "request plane",
+            "nats",
+            environment.get("NATS_SERVER", "nats://localhost:4222"),
+            4222,
+            "start NATS, set NATS_SERVER, or use DYN_REQUEST_PLANE=tcp",
+        )
 
 
 def _reachable(what: str, name: str, url: str, port: int, cure: str) -> Finding:
