@@ -1,137 +1,294 @@
-"""LTX2_POOL_MODE=0: one generator inside the worker, for every shape of the menu. No isolation, no pool."""
+"""``LTX2_POOL_MODE=0``: the contract of a host kept by one generator inside the worker, for every shape. No isolation.
+
+A process of this host is a name for the one generator. What the pool can do to a child, it can do here as far as a
+thread allows: a job stops between two steps, and one that does not stop, or that breaks the device, leaves the host
+*broken*: nothing else can be made here, and the worker ends to be started again.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import queue
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltx2_pool.processes.process import JobFailed, OnEvent, ProcessLost
-from ltx2_pool.serving.pool import PoolClosed, Video
-from ltx2_pool.words.protocol import Phase, Step
+from ltx2_pool.processes.host import Host, Process
+from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.words.outcomes import JobFailed, OnEvent, ProcessLost, Reason
+from ltx2_pool.words.protocol import Done, Memory, Phase, Ready, Step
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs
+from ltx2_pool.words.shapes import CacheDirs, Key
 
 if TYPE_CHECKING:
     from ltx2_pool.model.engine import Generator
 
 logger = logging.getLogger(__name__)
 
+NAME = "in-process generator"
+_NO_MEMORY = Memory(resident=0, peak=0)
+"""Nothing is weighed here: one video is made at a time, and nothing else could have the memory."""
 
-class InProcessGenerator:
-    """Serves jobs one at a time in a thread. Same factory, recipe and encoder as a shape process."""
 
-    def __init__(self, recipe: Recipe, cache_root: Path, run_dir: Path) -> None:
+class InProcessHost(Host):
+    """Loads the checkpoint with the first process, and makes all videos in one daemon thread, one after the other."""
+
+    def __init__(self, recipe: Recipe, cache_root: Path, timeouts: Timeouts | None = None) -> None:
+        self.timeouts = timeouts or Timeouts()
         self._recipe = recipe
         self._cache = CacheDirs(cache_root / "in-process")
-        self._run_dir = run_dir
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
-        self._generator: Generator | None = None
-        self._jobs: set[asyncio.Future[Video]] = set()
-        self._closing = False
-        self._broken = False
-        self._jobs_done = 0
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._loading: asyncio.Task[float] | None = None
+        self._broken: str | None = None
+        self._closed = False
+        self.generator: Generator | None = None
 
     async def start(self) -> None:
-        """Import torch and FastVideo and load the checkpoint. Raises engine.LoadError."""
-        os.environ.update(self._recipe.environment(self._cache))
-        self._generator = await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+        """As :meth:`ltx2_pool.processes.host.Host.start`."""
+        threading.Thread(target=self._run, name="generate", daemon=True).start()
 
-    def _load(self) -> Generator:
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+    async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns or raises in the one thread. Cancelling the wait does not stop it."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[Any] = loop.create_future()
+
+        def settle(value: Any, error: BaseException | None) -> None:
+            if result.done():
+                return
+            if error is None:
+                result.set_result(value)
+            else:
+                result.set_exception(error)
+
+        def work() -> None:
+            value, failure = None, None
+            try:
+                value = function(*arguments)
+            except BaseException as error:
+                failure = error
+            with contextlib.suppress(RuntimeError):  # the loop has been closed, and nobody waits any more
+                loop.call_soon_threadsafe(settle, value, failure)
+
+        self._work.put(work)
+        return await result
+
+    def process(self, key: Key, devices: tuple[str, ...]) -> InProcess:
+        """As :meth:`ltx2_pool.processes.host.Host.process`."""
+        return InProcess(self, key, devices)
+
+    async def start_process(self, process: Process, warm_up: Job | None, cache: CacheDirs | None = None) -> Ready:
+        """As :meth:`ltx2_pool.processes.host.Host.start_process`."""
+        if self.generator is None:
+            if self._loading is None or self._loading.done():
+                self._loading = asyncio.create_task(self._load())
+            try:
+                seconds = await asyncio.wait_for(asyncio.shield(self._loading), self.timeouts.weights)
+            except TimeoutError:
+                self.mark_broken(f"the checkpoint was not loaded within {self.timeouts.weights:g} s")
+                raise ProcessLost(NAME, "spawn_timeout", self._broken or "") from None
+            except Exception as error:
+                process.kill()
+                raise ProcessLost(NAME, "spawn_eof", f"could not start: {type(error).__name__}: {error}") from error
+        else:
+            seconds = 0.0
+        if not process.alive:
+            raise ProcessLost(NAME, "killed", "was told to end while it started")
+        return Ready(import_s=0, load_s=seconds, memory=_NO_MEMORY)
+
+    async def _load(self) -> float:
+        os.environ.update(self._recipe.environment(self._cache))
+        began = time.monotonic()
+        self.generator = await self.in_thread(self._build)
+        return time.monotonic() - began
+
+    def _build(self) -> Generator:
         from ltx2_pool.model import engine
 
         return engine.build_generator(self._recipe)
 
-    async def generate(self, job: Job, on_event: OnEvent) -> Video:
-        """As :meth:`ltx2_pool.serving.pool.SubprocessPool.generate`."""
-        if self._closing or self._broken:
-            raise PoolClosed("the worker is shutting down" if self._closing else "the generator met a fatal error")
+    @property
+    def broken(self) -> str | None:
+        """As :attr:`ltx2_pool.processes.host.Host.broken`."""
+        return self._broken
+
+    def mark_broken(self, why: str) -> None:
+        """Nothing can be made here any more."""
+        if self._broken is None:
+            logger.error("nothing can be made in this worker any more: %s", why)
+        self._broken = self._broken or why
+
+    async def close(self) -> None:
+        """As :meth:`ltx2_pool.processes.host.Host.close`. A thread that hangs is left behind, and ends with us."""
+        if not self._closed:
+            self._closed = True
+            self._work.put(None)
+            if self._loading is not None:
+                self._loading.cancel()
+                await asyncio.wait([self._loading])
+
+
+class InProcess(Process):
+    """The generator under one key's name."""
+
+    def __init__(self, host: InProcessHost, key: Key, devices: tuple[str, ...]) -> None:
+        self.key = key
+        self.devices = devices
+        self.began = time.monotonic()
+        self._host = host
+        self._job: Job | None = None
+        self._stop = threading.Event()
+        """The job in work is to stop before its next step."""
+        self._why: Reason | None = None
+        self._ended = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def pid(self) -> int | None:
+        """As :attr:`ltx2_pool.processes.host.Process.pid`: the worker's own."""
+        return os.getpid()
+
+    @property
+    def alive(self) -> bool:
+        """As :attr:`ltx2_pool.processes.host.Process.alive`."""
+        return not self._ended.is_set()
+
+    @property
+    def tail(self) -> Sequence[str]:
+        """Its output is the worker's."""
+        return ()
+
+    async def generate(self, job: Job, output: Path, on_event: OnEvent) -> Done:
+        """As :meth:`ltx2_pool.processes.host.Process.generate`."""
+        if not self.alive or self._host.broken is not None:
+            raise ProcessLost(NAME, self._why or "killed", self._host.broken or "has been told to end")
+        self._job = job
+        self._stop.clear()
+        self._idle.clear()
+        began = False
         loop = asyncio.get_running_loop()
-        cancelled = False
+
+        def deliver(event: Phase | Step) -> None:
+            nonlocal began
+            began = True
+            if self._job is job:
+                on_event(event)
 
         def tell(event: Phase | Step) -> None:
-            loop.call_soon_threadsafe(lambda: None if cancelled else on_event(event))
+            loop.call_soon_threadsafe(deliver, event)
 
-        future = loop.run_in_executor(self._thread, self._make, job, tell, lambda: cancelled, time.monotonic())
-        self._jobs.add(future)
-        future.add_done_callback(self._jobs.discard)
+        making = asyncio.create_task(self._host.in_thread(self._make, job, output, tell))
+        making.add_done_callback(lambda _: self._idle.set())
         try:
-            return await asyncio.shield(future)
+            done: Done = await asyncio.wait_for(asyncio.shield(making), self._host.timeouts.generation)
+        except TimeoutError:
+            self._host.mark_broken(f"a generation took over {self._host.timeouts.generation:g} s")
+            self._end("gen_timeout")
+            making.add_done_callback(_look)
+            raise ProcessLost(NAME, "gen_timeout", self._host.broken or "", began=began) from None
         except asyncio.CancelledError:
-            cancelled = True
-            if not future.cancel():
-                future.add_done_callback(_discard)
+            self._end("killed")
+            making.add_done_callback(_look)
             raise
+        except JobFailed as failed:
+            if not self.alive:
+                raise ProcessLost(NAME, self._why or "killed", "was told to end", began=began) from failed
+            raise
+        except ProcessLost as lost:
+            self._end(lost.reason)
+            raise
+        finally:
+            self._job = None
+        self.jobs_done += 1
+        return done
 
-    def _make(self, job: Job, tell: OnEvent, is_cancelled: Any, admitted: float) -> Video:
+    def _make(self, job: Job, output: Path, tell: OnEvent) -> Done:
+        """Runs in the thread."""
         from ltx2_pool.model import engine, mp4
 
-        assert self._generator is not None
-        phases = [("queue", admitted)]
+        assert self._host.generator is not None
+        phases: list[tuple[str, float]] = []
 
         def on_phase(phase: str) -> None:
             phases.append((phase, time.monotonic()))
             tell(Phase(job_id=job.id, phase=phase))
 
         def on_step(done: int, total: int) -> None:
-            if is_cancelled():
+            if self._stop.is_set():
                 raise engine.Cancelled
             tell(Step(job_id=job.id, done=done, total=total))
 
-        path = self._run_dir / f"{job.id}.mp4"
+        before = engine.compiled_so_far()
         try:
-            if is_cancelled():
+            if self._stop.is_set():
                 raise engine.Cancelled
-            clip = self._generator.generate(job, on_phase, on_step)
+            clip = self._host.generator.generate(job, on_phase, on_step)
             on_phase("encode")
-            mp4.encode(clip, path, job.comment)
+            mp4.encode(clip, output, job.comment)
         except engine.Cancelled:
-            raise JobFailed(job.shape, "cancelled", "cancelled") from None
+            raise JobFailed(self.key, "cancelled", "cancelled", _NO_MEMORY) from None
         except Exception as error:
-            path.unlink(missing_ok=True)
             logger.exception("job %s failed", job.id)
             text = f"{type(error).__name__}: {error}"[:2000]
+            if engine.is_out_of_memory(error):
+                raise ProcessLost(NAME, "oom", f"memory ran out: {text}", began=bool(phases)) from error
             if engine.is_fatal(error):
-                self._broken = True
-                raise ProcessLost("in-process generator", "cuda_fault", f"a fatal error: {text}") from error
-            raise JobFailed(job.shape, "refused" if engine.is_refusal(error) else "soft", text) from error
-        self._jobs_done += 1
+                self._host.mark_broken(text)
+                raise ProcessLost(NAME, "cuda_fault", f"a fatal error: {text}", began=bool(phases)) from error
+            if engine.is_refusal(error):
+                raise JobFailed(self.key, "refused", text, _NO_MEMORY) from error
+            raise JobFailed(self.key, "soft", text, _NO_MEMORY) from error
+        finally:
+            engine.trim_memory()
         ends = [begin for _, begin in phases[1:]] + [time.monotonic()]
-        return Video(
-            path, clip.sample_rate, {name: end - begin for (name, begin), end in zip(phases, ends, strict=True)}
+        return Done(
+            job_id=job.id,
+            sample_rate=clip.sample_rate,
+            phases={name: end - begin for (name, begin), end in zip(phases, ends, strict=True)},
+            compiled=engine.compiled_so_far().since(before),
+            memory=_NO_MEMORY,
         )
 
-    @property
-    def broken(self) -> bool:
-        """Whether a fatal error happened: only a restart of the worker helps."""
-        return self._broken
+    def cancel(self, job: Job) -> None:
+        """As :meth:`ltx2_pool.processes.host.Process.cancel`, except that nothing can be done if it does not stop."""
+        if self._job is job:
+            self._stop.set()
 
-    async def close(self, drain_timeout: float = 0) -> None:
-        """As :meth:`ltx2_pool.serving.pool.SubprocessPool.close`."""
-        self._closing = True
-        if self._jobs and drain_timeout:
-            await asyncio.wait(self._jobs, timeout=drain_timeout)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+    def kill(self, why: Reason | None = None) -> None:
+        """As :meth:`ltx2_pool.processes.host.Process.kill`: the job in it stops before its next step."""
+        self._end(why or "killed")
 
-    def abort(self) -> None:
-        """There is no way to stop a generation in this process but between two steps: `close` sees to that."""
+    def _end(self, why: Reason) -> None:
+        self._why = self._why or why
+        self._stop.set()
+        self._ended.set()
 
-    def status(self) -> dict[str, Any]:
-        """What there is to say without a pool."""
-        return {
-            "waiting": 0,
-            "running": len(self._jobs),
-            "processes": [],
-            "jobs_done": self._jobs_done,
-            "broken": self._broken,
-        }
+    async def stop(self) -> None:
+        """As :meth:`ltx2_pool.processes.host.Process.stop`."""
+        self.kill()
+        await self.exited()
+
+    async def exited(self) -> int:
+        """As :meth:`ltx2_pool.processes.host.Process.exited`; a job that does not stop in time breaks the host."""
+        await self._ended.wait()
+        try:
+            await asyncio.wait_for(self._idle.wait(), self._host.timeouts.cancel)
+        except TimeoutError:
+            self._host.mark_broken(f"a job of {self.key} did not stop within {self._host.timeouts.cancel:g} s")
+        return 0
 
 
-def _discard(future: asyncio.Future[Video]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result().path.unlink(missing_ok=True)
+def _look(task: asyncio.Task[Any]) -> None:
+    """Nobody waits for the task any more: its exception, if any, has been logged where it was raised."""
+    if not task.cancelled():
+        task.exception()
