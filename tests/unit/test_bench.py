@@ -98,8 +98,10 @@ def page(jobs):
 def test_the_menu_report_advises_by_share_and_memory():
     found = advice.report(page({A: 300, B: 2}))
     assert [(line.shape_key, line.jobs, line.advice.partition(":")[0]) for line in found.lines] == [
-        (A.key, 300, "keep"), (B.key, 2, "leave out of LTX2_POOL_PREWARM"), (C.key, 0, "drop"),
-    ]  # fmt: skip
+        (A.key, 300, "keep"),
+        (B.key, 2, "leave out of LTX2_POOL_PREWARM"),
+        (C.key, 0, "drop"),
+    ]
     assert found.lines[0].gpu_s == 600
     assert any("2 shapes hold 2.0 GiB for 2 jobs" in note for note in found.notes)
     assert any(note.startswith(f"{C.key} sets the room") and "2.0 GiB less" in note for note in found.notes)

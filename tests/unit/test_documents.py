@@ -10,7 +10,7 @@ from ltx2_pool.words.settings import Settings
 from tests.documents import DOCUMENTS, MARKS, commands
 from tests.paths import REPOSITORY
 
-WORKPLACE_SETTINGS = {"LTX2_WARM_PAGE_CACHE", "LTX2_IMAGE", "LTX2_MODEL_DIR"}
+DEPLOYMENT_SETTINGS = {"LTX2_WARM_PAGE_CACHE", "LTX2_IMAGE", "LTX2_MODEL_DIR"}
 """Read by the entrypoint and by the compose file, not by the worker."""
 
 
@@ -47,7 +47,7 @@ def test_every_file_that_is_named_exists(document):
 def test_every_setting_that_is_named_exists(document):
     named = set(re.findall(r"\bLTX2_[A-Z0-9_]+\b", (REPOSITORY / document).read_text()))
     known = {field.json_schema_extra["env"] for field in Settings.model_fields.values()}  # type: ignore[index]
-    assert named <= known | WORKPLACE_SETTINGS
+    assert named <= known | DEPLOYMENT_SETTINGS
 
 
 def test_commands_are_found_and_marked():

@@ -121,11 +121,7 @@ EXTRAS = {name: requirements(lines) for name, lines in PROJECT["optional-depende
 
 def distributions(names: set[str]) -> dict[str, set[str]]:
     """Which distribution each import that is not ours or Python's comes from."""
-    tops = (
-        {name.partition(".")[0] for name in names}
-        - sys.stdlib_module_names
-        - {"ltx2_pool", "fastvideo_kernel", "outside"}
-    )
+    tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ltx2_pool"}
     return {top: {re.sub(r"[-_.]+", "-", d).lower() for d in DISTRIBUTIONS.get(top, [top])} for top in tops}
 
 

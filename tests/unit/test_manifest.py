@@ -1,4 +1,4 @@
-"""Every field of a manifest is held against what is found, and no damage to a cache goes unseen."""
+"""Every field of a manifest is compared with what is found, and no damage to a cache goes unseen."""
 
 from __future__ import annotations
 
@@ -36,10 +36,17 @@ def cache(tmp_path: Path, recipe: Recipe) -> CacheDirs:
     manifest.write(
         dirs,
         Manifest(
-            binding=manifest.binding(recipe, SHAPE), baked_at=manifest.now(), ready_s=1, cold_s=2, hot_s=0.1, job={},
-            video_sha256="00", memory=Memory(resident=1, peak=2), files=manifest.list_files(dirs),
+            binding=manifest.binding(recipe, SHAPE),
+            baked_at=manifest.now(),
+            ready_s=1,
+            cold_s=2,
+            hot_s=0.1,
+            job={},
+            video_sha256="00",
+            memory=Memory(resident=1, peak=2),
+            files=manifest.list_files(dirs),
         ),
-    )  # fmt: skip
+    )
     return dirs
 
 
@@ -74,9 +81,16 @@ def test_another_configuration_of_the_model_is_another_binding(cache, recipe):
 
 
 @pytest.mark.parametrize(
-    "change", [{"compile": False}, {"attention_backend": "FLASH_ATTN"}, {"quantization": "NVFP4"},
-               {"deterministic": False}, {"compile_mode": "max-autotune"}, {"compile_fullgraph": True}],
-)  # fmt: skip
+    "change",
+    [
+        {"compile": False},
+        {"attention_backend": "FLASH_ATTN"},
+        {"quantization": "NVFP4"},
+        {"deterministic": False},
+        {"compile_mode": "max-autotune"},
+        {"compile_fullgraph": True},
+    ],
+)
 def test_another_recipe_is_refused_by_name(cache, recipe, change):
     assert [m.field for m in found(cache, recipe.model_copy(update=change))] == list(change)
 
@@ -87,8 +101,9 @@ def test_a_missing_a_changed_and_a_new_file(cache, recipe):
     (cache.torchinductor / "aa/kernel.so").write_bytes(b"other")
     (cache.triton / "bb/kernel.cubin").unlink()
     assert [(m.field, m.found[:6]) for m in found(cache, recipe)] == [
-        ("torchinductor/aa/kernel.so", "sha256"), ("triton/bb/kernel.cubin", "missin")
-    ]  # fmt: skip
+        ("torchinductor/aa/kernel.so", "sha256"),
+        ("triton/bb/kernel.cubin", "missin"),
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 1}', "\0"])

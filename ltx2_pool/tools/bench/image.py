@@ -74,8 +74,16 @@ async def run(
             for shape, number in plan:
                 state = watch.state(shape)
                 answer = await client.ask(shape, number)
-                timing = Timing(order, shape.key, number, state, answer.seconds, len(answer.data),
-                                hashlib.sha256(answer.data).hexdigest(), answer.problem)  # fmt: skip
+                timing = Timing(
+                    order,
+                    shape.key,
+                    number,
+                    state,
+                    answer.seconds,
+                    len(answer.data),
+                    hashlib.sha256(answer.data).hexdigest(),
+                    answer.problem,
+                )
                 timings.append(timing)
                 writer.writerow(asdict(timing))
                 file.flush()
@@ -96,9 +104,12 @@ def judge(timings: list[Timing], menu: Menu, max_ratio: float) -> list[Verdict]:
         first, *hot = [t for t in of if t.order == "in turn"]
         shuffled = [t for t in of if t.order == "shuffled"]
         verdict = Verdict(
-            shape, first.seconds, statistics.median(t.seconds for t in hot or [first]),
-            statistics.median(t.seconds for t in shuffled), (),
-        )  # fmt: skip
+            shape,
+            first.seconds,
+            statistics.median(t.seconds for t in hot or [first]),
+            statistics.median(t.seconds for t in shuffled),
+            (),
+        )
         problems = list(dict.fromkeys(t.problem for t in of if t.problem))
         sums: dict[int, set[str]] = {}
         for t in of:
