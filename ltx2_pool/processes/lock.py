@@ -13,10 +13,12 @@ against a local user who takes the name on purpose: an abstract name has no perm
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
+from collections.abc import Iterable
 
 from ltx2_pool.words.device import Device, DeviceError
 
@@ -48,6 +50,17 @@ def hold(device: Device) -> int:
             ) from None
         name.listen(_BACKLOG)
         return name.detach()
+
+
+def hold_all(devices: Iterable[Device]) -> list[int]:
+    """Take several, or none of them. Raises DeviceTaken, OSError."""
+    with contextlib.ExitStack() as taken:
+        descriptors = []
+        for device in devices:
+            descriptors.append(hold(device))
+            taken.callback(os.close, descriptors[-1])
+        taken.pop_all()
+        return descriptors
 
 
 def neighbours(device: Device) -> list[str]:

@@ -52,7 +52,10 @@ class Device:
         return self.id != "cpu"
 
     def free(self) -> int:
-        """Bytes that are free now, for everybody: of the device, of main memory for the CPU. Raises DeviceError."""
+        """Bytes that are free now, for everybody: of the device, of main memory for the CPU. Raises DeviceError.
+
+        Starting NVML for a question takes some 10 ms (H100): ask in a thread where an event loop must not wait.
+        """
         if not self.is_gpu:
             return main_memory()
         with _nvml() as nvml:

@@ -16,7 +16,7 @@ TOOLS = ("bash", "cat", "dirname", "env", "mktemp", "rm", "timeout")
 
 @pytest.fixture
 def machine(tmp_path) -> Path:
-    """A checkout with the script, and a PATH with make, apt-get and id that only record, on a machine without promtool."""
+    """A checkout with the script, and a PATH where make and apt-get only record, and promtool is not found."""
     (tmp_path / ".ci").mkdir()
     shutil.copy2(REPOSITORY / ".ci/run", tmp_path / ".ci/run")
     (tmp_path / "bin").mkdir()

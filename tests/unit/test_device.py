@@ -226,6 +226,16 @@ def test_a_worker_of_another_user_is_seen(uuid):
         os.close(descriptor)
 
 
+def test_several_devices_are_held_together_or_not_at_all(uuid):
+    gpus = [Device(f"{uuid}-{number}", "NVIDIA H100", "9.0") for number in range(3)]
+    second = lock.hold(gpus[1])
+    with pytest.raises(lock.DeviceTaken, match=f"{uuid}-1"):
+        lock.hold_all(gpus)
+    os.close(second)
+    for descriptor in lock.hold_all(gpus):
+        os.close(descriptor)
+
+
 def test_the_cpu_is_not_locked():
     first, second = lock.hold(device.CPU), lock.hold(device.CPU)
     os.close(first)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ltx2_pool.words.settings import Settings
+from ltx2_pool.words.shapes import Menu
 from tests.image_build import Stage, parse
 from tests.paths import REPOSITORY
 
@@ -109,6 +110,30 @@ def test_no_argument_becomes_part_of_a_program():
         for step in each.instructions:
             for program in re.findall(r"python3? -c (\S.*)", step.text):
                 assert program.startswith("'") or "$" not in program.replace("$(", ""), program
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (Menu.load(REPOSITORY / "shapes.yaml").hash, ""),
+        ("", "give --build-arg IMAGE_SHAPE_HASH"),
+        ("00000000", "00000000"),
+        ("');print('run", "run"),
+    ],
+)
+def test_the_last_stage_is_built_for_its_own_menu_only(given, said):
+    (command,) = [step.text for step in stage("baked").instructions if step.keyword == "RUN"]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "IMAGE_SHAPE_HASH": given,
+    }
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode == 0) is (said == "")
+    assert said in done.stderr
+    assert done.stdout == ""
 
 
 def test_the_lock_files_name_packages_and_no_hosts():
