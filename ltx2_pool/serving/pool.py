@@ -33,6 +33,9 @@ from ltx2_pool.words.shapes import Key, Shape
 
 logger = logging.getLogger(__name__)
 
+_HOPELESS = 30.0
+"""Seconds of a helpers' pause from which on jobs are refused in place of waiting for it."""
+
 
 class Pool:
     """Makes videos in the processes of a host. One contract for all hosts: queue, deadlines, drain, metrics, errors."""
@@ -237,7 +240,8 @@ class Pool:
     def _helpers_pause(self, now: float) -> Pause | None:
         if not (left := self._host.helpers_pause):
             return None
-        return Pause(now + left, "waiting for the zygote or the weights process, which do not start")
+        why = "unavailable: the zygote or the weights process does not start" if left > _HOPELESS else ""
+        return Pause(now + left, why)
 
     def _begin(self, action: Begin) -> None:
         entry = action.process

@@ -19,6 +19,7 @@ from rich.table import Column, Table
 
 from ltx2_pool.caches import manifest
 from ltx2_pool.processes import lock
+from ltx2_pool.tools import terminal
 from ltx2_pool.words import device
 from ltx2_pool.words.device import Device, DeviceError, main_memory
 from ltx2_pool.words.extras import missing_for
@@ -239,3 +240,8 @@ def show(findings: Iterator[Finding], console: Console) -> bool:
     bad = states.count("bad")
     console.print(f"{bad} things keep a worker from serving here" if bad else "a worker would serve here")
     return not bad
+
+
+def main(settings: Settings, environment: Mapping[str, str]) -> bool:
+    """Print the page; returns whether a worker would serve here."""
+    return show(examine(settings, environment), terminal.console())

@@ -1,73 +1,51 @@
-"""``worker.py --plan``: what would be started, before anything is."""
+"""``ltx2-worker --plan``: what would be started, before anything is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from ltx2_pool.caches import manifest
-from ltx2_pool.serving.capacity import Capacity, FixedCapacity, MemoryCapacity
+from ltx2_pool.serving import assembly
+from ltx2_pool.serving.assembly import GIB
+from ltx2_pool.serving.book import Book
+from ltx2_pool.serving.ledger import Phase
 from ltx2_pool.tools import terminal
-from ltx2_pool.words.protocol import Lending, Memory
+from ltx2_pool.words.device import Device
+from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.settings import Settings
-from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
-
-_GIB = 2**30
+from ltx2_pool.words.shapes import CacheDirs, Key, Menu, Shape
 
 
-def measured(settings: Settings, shapes: Iterable[Shape]) -> dict[Shape, Memory]:
-    """What the bake of each shape needed. A process that loads its own weights needs those as well, as told later."""
-    known = {}
-    for shape in shapes:
-        found = manifest.read(CacheDirs.of(settings.cache_root, shape))
-        if found is not None:
-            known[shape] = found.memory
-    return known
-
-
-def capacity(settings: Settings, known: Mapping[Shape, Memory]) -> Capacity:
-    """K as the settings say: a number, or what the memory allows."""
-    if settings.capacity is not None:
-        return FixedCapacity(settings.capacity)
-    return MemoryCapacity(int(settings.memory_reserve * _GIB), settings.gpu_concurrency, known)
-
-
-def show(settings: Settings, menu: Menu, prewarm: Sequence[Shape]) -> None:
+def show(settings: Settings, menu: Menu, device: Device, prewarm: Sequence[Shape]) -> None:
     """Print the plan. Raises OSError without a checkpoint."""
     console = terminal.console()
-    problems = manifest.check(settings.cache_root, settings.recipe, menu.shapes)
-    known = measured(settings, [shape for shape in menu.shapes if shape.key not in problems])
-    limit = capacity(settings, known)
     if not settings.pool_mode:
         console.print("mode      one generator inside the worker (LTX2_POOL_MODE=1 turns the pool on)")
         console.print(f"caches    {settings.cache_root}/in-process; the baked ones of single shapes are not used")
         return
-    device, capability = manifest.device()
-    total = manifest.device_memory()
-    checkpoint = sum(path.stat().st_size for path in settings.model.rglob("*.safetensors"))
-    if settings.weights == "shared":
-        limit.lent(Lending(pid=0, import_s=0, load_s=0, bytes=checkpoint, device_total=total))
+    problems = manifest.check(settings.cache_root, settings.recipe, menu.shapes)
+    baked = [shape for shape in menu.shapes if shape.key not in problems]
+    known = assembly.measured(settings, baked)
+    checkpoint = assembly.checkpoint_bytes(settings.model)
     console.print(f"model     {settings.served_model_name or menu.model} from {settings.model} ({_gib(checkpoint)})")
-    console.print(f"device    {device} ({capability}){', ' + _gib(total) if total else ''}")
-    console.print(f"spawn     {settings.spawn}, weights {settings.weights}, "
-                  f"warm-up video {'before READY' if settings.warm else 'off'}")  # fmt: skip
-    started: list[Shape] = []
-    for shape in prewarm:
-        if limit.fits([*started, shape]):
-            started.append(shape)
-    if isinstance(limit, MemoryCapacity):
-        needed = limit.needed(started)
-        console.print(
-            f"K         auto: {_gib(limit.budget)} for shape processes ({settings.memory_reserve:g} GiB in reserve), "
-            + (f"{len(started)} of {len(menu.shapes)} shapes need {_gib(needed)}" if needed is not None
-               else "not measured yet: the first process of each shape tells")
-        )  # fmt: skip
-    else:
-        console.print(f"K         {settings.capacity}")
+    total = f", {_gib(device.total)}" if device.total else ""
+    console.print(f"device    {device.name} ({device.capability}){total}, {_gib(device.free())} free now")
+    warm_up = "before READY, unless a job waits" if settings.warm else "off"
+    console.print(f"spawn     {settings.spawn}, weights {settings.weights}, warm-up video {warm_up}")
+    budget = device.free() - (checkpoint if settings.weights == "shared" else 0)
+    started = would_start(settings, device, budget, prewarm, known)
+    unknown = [shape for shape in started if shape not in known]
+    limit = f"at most {settings.max_processes}, and what fits" if settings.max_processes else "what fits"
+    console.print(
+        f"K         {limit}: some {_gib(budget)} for processes, less {settings.memory_reserve:g} GiB in reserve; "
+        f"{len(started)} of {len(menu.shapes)} shapes"
+        + (f", of which {len(unknown)} were never measured: each runs alone until it is" if unknown else "")
+    )
     table = Table("shape", "compile cache", "cold s", "hot s", "resident", "peak", "at start")
     for shape in menu.shapes:
-        found = manifest.read(CacheDirs.of(settings.cache_root, shape)) if shape.key not in problems else None
+        found = manifest.read(CacheDirs.of(settings.cache_root, shape)) if shape in baked else None
         table.add_row(
             shape.key,
             "baked" if found is not None else str(problems[shape.key][0]),
@@ -82,5 +60,24 @@ def show(settings: Settings, menu: Menu, prewarm: Sequence[Shape]) -> None:
         console.print(manifest.describe(key, mismatches), style="yellow", soft_wrap=True, highlight=False)
 
 
-def _gib(count: int | None) -> str:
-    return "?" if count is None else f"{count / _GIB:.2f} GiB"
+def would_start(
+    settings: Settings, device: Device, budget: int, prewarm: Sequence[Shape], known: dict[Shape, Memory]
+) -> list[Shape]:
+    """The shapes that the pool's own decision would start ahead, if every start works."""
+    ledger = assembly.ledger(settings, device, known)
+    ledger.set_budget(device.id, budget, int(settings.memory_reserve * GIB))
+    book = Book(ledger, ahead=[Key(shape) for shape in prewarm])
+    started: list[Shape] = []
+    while begun := book.next_actions(0.0):
+        for action in begun:
+            process = getattr(action, "process", None)
+            if process is not None:
+                ledger.enter(process, Phase.IDLE)
+                started.append(process.key.shape)
+        if len(started) >= len(prewarm):
+            break
+    return started
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"

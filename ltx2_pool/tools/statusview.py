@@ -1,15 +1,39 @@
-"""``worker.py status``: what a running worker says of itself, drawn in a terminal."""
+"""``ltx2-worker status``: what a running worker says of itself, drawn in a terminal."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import httpx
 from rich.console import Console
 from rich.table import Table
 
+from ltx2_pool.tools import terminal
+
 _GIB = 2**30
-_COLOURS = {"ready": "green", "busy": "bold green", "spawning": "yellow", "draining": "yellow", "dead": "red"}
+_COLOURS = {
+    "ready": "green",
+    "generating": "bold green",
+    "encoding": "bold green",
+    "spawning": "yellow",
+    "loading": "yellow",
+    "draining": "yellow",
+}
+
+
+def main(port: str) -> int:
+    """Show the worker at this system port; the exit status."""
+    if not port.isdigit():
+        print("ltx2-worker: set DYN_SYSTEM_PORT to the system port of the worker to look at", file=sys.stderr)
+        return 2
+    url = f"http://127.0.0.1:{port}"
+    try:
+        show(fetch(url), terminal.console())
+    except (httpx.HTTPError, ValueError) as error:
+        print(f"ltx2-worker: no worker answers at {url}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def fetch(url: str) -> dict[str, Any]:
@@ -28,7 +52,7 @@ def show(status: dict[str, Any], console: Console) -> None:
         process = processes.get(key)
         state = process["state"] if process else "–"
         if key in status.get("unavailable", {}):
-            state = f"left alone for {status['unavailable'][key]:.0f} s"
+            state = f"unavailable for {status['unavailable'][key]:.0f} s"
         memory = (process or {}).get("memory") or {}
         table.add_row(
             key,
@@ -45,11 +69,13 @@ def show(status: dict[str, Any], console: Console) -> None:
     console.print(f"jobs      {status['running']} running, {status['waiting']} waiting, "
                   f"expected wait {status.get('expected_wait_s', 0):.1f} s")  # fmt: skip
     helpers = ", ".join(f"{name} {pid or 'none'}" for name, pid in status.get("helpers", {}).items())
-    console.print(f"K         {status.get('max_size', 'no pool')}   helpers: {helpers or 'none'}")
-    if memory := status.get("memory"):
-        console.print("memory    " + ", ".join(
-            f"{name} {memory[name] / _GIB:.1f} GiB" for name in ("total", "weights", "reserve", "budget")
-        ))  # fmt: skip
+    console.print(f"health    {status['health']}   helpers: {helpers or 'none'}")
+    for name, device in status.get("devices", {}).items():
+        budget = "not known yet" if device["budget"] is None else f"{device['budget'] / _GIB:.1f} GiB"
+        console.print(
+            f"device    {name}: {device['processes']} processes (K {status['max_size']}) hold "
+            f"{device['held'] / _GIB:.1f} of {budget}, {device['leases']} leases"
+        )
     for key, error in status.get("last_errors", {}).items():
         console.print(f"last error of {key}:", style="yellow")
         console.print(error, highlight=False, markup=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Writes random-weight LTX-2 checkpoints that FastVideo loads as it loads the real one.
 
-``python -m ltx2_pool.tools.tiny DIR`` writes the tiny one that the demo and the tests run on a CPU; ``--size large`` writes
-the real model's dimensions, with as many layers as asked for, to measure on a GPU. The layout is Diffusers', the
+``python -m ltx2_pool.tools.tiny DIR`` writes the tiny one that the demo and the tests run on a CPU; ``--size large``
+writes the real model's dimensions, with as many layers as asked for, to measure on a GPU. The layout is Diffusers', the
 modules are FastVideo's own classes, so names and shapes of the weights are right by construction. The geometry that
 decides shapes (32 pixels and 8 frames a latent cell, 8 x 16 audio latents, 24 kHz stereo) is the real model's.
 """

@@ -120,7 +120,7 @@ class Unavailable(Rejected):
 
 
 class NoRoom(Rejected):
-    """The file for the video could not be made: the run directory is gone, full or read-only, or descriptors ran out."""
+    """The file for the video could not be made: its directory is gone, full or read-only, or descriptors ran out."""
 
     reason = "no_room"
 

@@ -19,7 +19,7 @@ from ltx2_pool.words.shapes import Shape
 
 HEADER = struct.Struct("!i")
 MAX_MESSAGE = 4 << 20
-"""Bytes. Two prompts of the longest kind, all escaped, need a third of it; a longer message is not one of this protocol."""
+"""Bytes. Two prompts of the longest kind, all escaped, need a third of it; a longer message is no message."""
 PING_INTERVAL = 1.0
 """Seconds between two pings of a child."""
 

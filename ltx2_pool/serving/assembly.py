@@ -1,0 +1,116 @@
+"""From settings to a pool: which host, what the ledger starts with, what is started ahead."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ltx2_pool.caches import manifest
+from ltx2_pool.processes.host import Host
+from ltx2_pool.processes.inprocess import InProcessHost
+from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.processes.subprocesses import ProcessHost
+from ltx2_pool.serving.book import Book, Limits
+from ltx2_pool.serving.ledger import Ledger
+from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.serving.pool import Pool
+from ltx2_pool.words import requests
+from ltx2_pool.words.device import Device
+from ltx2_pool.words.protocol import Memory
+from ltx2_pool.words.settings import Settings
+from ltx2_pool.words.shapes import CacheDirs, Key, Menu, Shape
+
+GIB = 2**30
+
+
+def measured(settings: Settings, shapes: Iterable[Shape]) -> dict[Shape, Memory]:
+    """What the bake of each shape needed, with weights of its own where processes load their own."""
+    weights = checkpoint_bytes(settings.model) if settings.weights == "private" else 0
+    known = {}
+    for shape in shapes:
+        found = manifest.read(CacheDirs.of(settings.cache_root, shape))
+        if found is not None:
+            known[shape] = found.memory.model_copy(update={"weights": weights})
+    return known
+
+
+def checkpoint_bytes(model: Path) -> int:
+    """Of all weights of a checkpoint."""
+    return sum(path.stat().st_size for path in model.rglob("*.safetensors"))
+
+
+def ledger(settings: Settings, device: Device, known: Mapping[Shape, Memory]) -> Ledger:
+    """What the pool starts with; the budget of the device is found out later, when it can be."""
+    if not settings.pool_mode:  # one generator, one job at a time: there is nothing to weigh
+        return Ledger({device.id: sys.maxsize})
+    made = Ledger({device.id: None}, concurrency=settings.gpu_concurrency, max_processes=settings.max_processes)
+    for shape, memory in known.items():
+        made.observe(Key(shape), memory)
+    return made
+
+
+def limits(settings: Settings) -> Limits:
+    """What is admitted."""
+    return Limits(
+        settings.max_queue,
+        settings.max_queue_per_shape,
+        settings.max_queue_per_user,
+        settings.job_timeout,
+        settings.patience,
+    )
+
+
+def timeouts(settings: Settings) -> Timeouts:
+    """Deadlines of processes."""
+    return Timeouts(
+        spawn=settings.spawn_timeout,
+        weights=settings.weights_timeout,
+        generation=settings.generation_timeout,
+        cancel=settings.cancel_grace,
+        term=settings.term_grace,
+        silence=settings.silence_timeout,
+    )
+
+
+def pool(
+    settings: Settings,
+    menu: Menu,
+    device: Device,
+    run_dir: Path,
+    metrics: Metrics,
+    prewarm: Sequence[Shape],
+    known: Mapping[Shape, Memory],
+) -> Pool:
+    """The pool that the settings describe. `known`: what is known of the shapes' memory; `run_dir` is ours alone."""
+    host: Host
+    if settings.pool_mode:
+        host = ProcessHost(
+            settings.recipe,
+            settings.cache_root,
+            run_dir / "caches",
+            timeouts(settings),
+            spawn=settings.spawn,
+            weights=settings.weights,
+            replace_damaged_caches=settings.cache_policy != "strict",
+        )
+    else:
+        host = InProcessHost(settings.recipe, settings.cache_root, timeouts(settings))
+        prewarm = menu.shapes[:1]
+    book = Book(
+        ledger(settings, device, known),
+        limits(settings),
+        keys=[Key(shape) for shape in menu.shapes],
+        ahead=[Key(shape) for shape in prewarm],
+    )
+    return Pool(
+        host,
+        book,
+        run_dir / "videos",
+        devices=(device,),
+        memory_reserve=int(settings.memory_reserve * GIB),
+        warm_up=functools.partial(requests.warm_up, menu) if settings.warm else None,
+        ready_min=settings.ready_min if settings.pool_mode else 1,
+        metrics=metrics,
+    )
