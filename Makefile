@@ -39,4 +39,4 @@ $(INSTALLED): $(VENV)/.uv requirements-dev.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .work demo-out *.egg-info
+	rm -rf $(VENV) .work demo-out image-out load-out build dist *.egg-info
