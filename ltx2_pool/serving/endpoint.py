@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -19,6 +18,7 @@ from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 
 from ltx2_pool import __version__
 from ltx2_pool.serving.delivery import Deliverer, MediaStore
+from ltx2_pool.serving.exits import BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.handler import Counters, VideoHandler
 from ltx2_pool.serving.presence import Absent, DynamoDirectory, presence
 from ltx2_pool.serving.threads import Lane
@@ -32,14 +32,6 @@ from ltx2_pool.words.shapes import Menu
 logger = logging.getLogger(__name__)
 
 Health = Literal["starting", "able", "unable", "broken"]
-
-STOPPED = 0
-"""Exit status of a worker that was told to stop, and has."""
-FAILED = 1
-LOST = 3
-"""Exit status of a worker that discovery has lost, and that cannot get back: a new process can."""
-BROKEN = 4
-"""Exit status of a worker in which nothing can be made, whatever is tried."""
 
 LEAVE_TIMEOUT = 3.0
 """Seconds for leaving discovery; a lease that is not renewed ends by itself."""
@@ -89,33 +81,6 @@ class End:
     why: str
     status: int
     drain: float = 0
-
-
-class LastResort:
-    """Ends the process when the orderly end hangs: its children go with it, by the guard."""
-
-    def __init__(self, leave: Callable[[int], None] = os._exit) -> None:
-        self._leave = leave
-        self._timer: threading.Timer | None = None
-
-    def arm(self, seconds: float, status: int) -> None:
-        """Replaces what was armed before."""
-        self.disarm()
-        self._timer = threading.Timer(seconds, self._fire, (seconds, status))
-        self._timer.daemon = True
-        try:
-            self._timer.start()
-        except RuntimeError as error:  # no more threads: whoever waits for the end has to kill
-            logger.error("nothing limits the end of this process: %s", error)
-
-    def disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _fire(self, seconds: float, status: int) -> None:
-        logger.critical("still not ended after another %.0f s: leaving without an orderly end", seconds)
-        self._leave(status or FAILED)
 
 
 async def serve(

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from ltx2_pool.serving.endpoint import LOST
+from ltx2_pool.serving.exits import LOST
 from tests.serving.test_dynamo import make, wait
 
 BACK = 15

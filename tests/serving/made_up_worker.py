@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import sys
 from pathlib import Path
 
-import uvloop
 from dynamo.runtime import DistributedRuntime
 
-from ltx2_pool.serving import endpoint
+from ltx2_pool.serving import endpoint, exits
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.words import settings as settings_module
 from ltx2_pool.words.shapes import Menu
@@ -30,7 +30,7 @@ async def steer(pool: MadeUpPool, directory: Path) -> None:
             pool.health = (directory / "health").read_text()
 
 
-async def serve(directory: Path) -> int:
+async def serve(directory: Path, last_resort: exits.LastResort) -> int:
     settings = settings_module.load(argparse.Namespace(), os.environ)
     runtime = DistributedRuntime(asyncio.get_running_loop(), settings.discovery, "tcp")
     pool = MadeUpPool(directory)
@@ -39,13 +39,12 @@ async def serve(directory: Path) -> int:
     steering = asyncio.create_task(steer(pool, directory))
     try:
         menu = Menu.load(settings.shapes)
-        status = await endpoint.serve(runtime, pool, menu, settings, Counts(), Traffic(directory / "traffic.json"))
-        endpoint.LastResort().arm(endpoint.ABORT_TIMEOUT, status)  # for the way out of the program
-        return status
+        traffic = Traffic(directory / "traffic.json")
+        return await endpoint.serve(runtime, pool, menu, settings, Counts(), traffic, last_resort)
     finally:
         steering.cancel()
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    sys.exit(uvloop.run(serve(Path(os.environ["MADE_UP_DIR"]))))
+    sys.exit(exits.run(functools.partial(serve, Path(os.environ["MADE_UP_DIR"]))))

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ltx2_pool.serving.endpoint import BROKEN, STOPPED
+from ltx2_pool.serving.exits import BROKEN, STOPPED
 from ltx2_pool.tools.stack import TINY_MENU, Stack
 from tests.paths import REPOSITORY
 from tests.serving.made_up import CONTENT

@@ -12,7 +12,8 @@ import pytest
 from dynamo.llm.exceptions import HttpError
 
 from ltx2_pool.serving import endpoint, presence
-from ltx2_pool.serving.endpoint import BROKEN, FAILED, LOST, STOPPED, LastResort, serve
+from ltx2_pool.serving.endpoint import serve
+from ltx2_pool.serving.exits import BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.tools.stack import TINY_MENU
 from ltx2_pool.words.settings import Settings
