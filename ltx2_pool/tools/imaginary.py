@@ -342,6 +342,7 @@ def _before(prompt: str, job: Job) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif prompt == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("ignores SIGTERM", flush=True)
         time.sleep(600)
     elif prompt == "garbage":
         _raw(protocol.frame(b"{}"))
