@@ -26,7 +26,7 @@ from ltx2_pool.words.outcomes import JobFailed, ProcessLost
 from ltx2_pool.words.protocol import Compiled, Done, Memory
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
+from ltx2_pool.words.shapes import CacheDirs, Key, Menu, Shape
 
 PROMPT = "a paper lantern drifts over still water at dusk, its light doubled in the surface"
 """What every bake and every verification makes a video of."""
@@ -229,16 +229,16 @@ class Baker:
         self, shape: Shape, cache: CacheDirs, report: Report, on_state: OnState
     ) -> AsyncIterator[Callable[[Job], Any]]:
         """A fresh shape process on that cache; yields a function that makes a video and returns what it took."""
-        process = self._host.process(shape)
+        process = self._host.process(Key(shape))
         with tempfile.TemporaryDirectory(prefix="ltx2-warmup-") as output_dir:
 
             async def make(template: Job) -> tuple[float, str, Done]:
                 job = Job(**{**vars(template), "id": uuid.uuid4().hex})
-                began = time.monotonic()
-                process.reserve()
-                done = await process.generate(job, lambda _event: None)
-                seconds = time.monotonic() - began
                 path = Path(output_dir) / f"{job.id}.mp4"
+                path.touch(0o600, exist_ok=False)
+                began = time.monotonic()
+                done = await process.generate(job, path, lambda _event: None)
+                seconds = time.monotonic() - began
                 return seconds, hashlib.sha256(path.read_bytes()).hexdigest(), done
 
             try:
@@ -246,7 +246,7 @@ class Baker:
                 await self._host.prepare()
                 on_state("starting")
                 began = time.monotonic()
-                await self._host.start_process(process, cache, output_dir)
+                await self._host.start_process(process, None, cache)
                 report.ready_s = time.monotonic() - began
                 yield make
             finally:

@@ -157,7 +157,7 @@ class InProcessExecutor(Executor):  # type: ignore[misc]
             torch.cuda.set_device(device)
         args.finalize_device_offload_policy(device.index or 0)
         with tempfile.TemporaryDirectory(prefix="ltx2-rendezvous-") as rendezvous:
-            # A file, not a TCP port: processes that start together can not race for it.
+            # A file, not a TCP port: processes that start together cannot race for it.
             maybe_init_distributed_environment_and_model_parallel(1, 1, f"file://{rendezvous}/store")
         if self.modules is None:
             self.pipeline = build_pipeline(args)

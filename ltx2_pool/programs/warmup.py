@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 MAX_STATUS = 100
 """The exit status is the number of failed shapes; above 125 it would mean something else to a shell."""
+SILENCE = 300.0
+"""Seconds. Several shapes that compile at once can keep every core from a process's pings, and nobody waits here."""
 
 
 def main() -> int:
@@ -60,9 +63,12 @@ def main() -> int:
         parser.error(error.args[0])
     host = ProcessHost(
         chosen.recipe,
-        Timeouts(spawn=600, generation=arguments.timeout),
+        chosen.cache_root,
+        Path(tempfile.gettempdir()),
+        Timeouts(spawn=600, generation=arguments.timeout, silence=SILENCE),
         spawn=chosen.spawn,
         weights=chosen.weights,
+        replace_damaged_caches=False,
     )
     baker = Baker(menu, chosen.recipe, chosen.cache_root, host)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

@@ -15,7 +15,7 @@ from rich.table import Table
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.words.recipe import Recipe
-from ltx2_pool.words.shapes import CacheDirs, Shape
+from ltx2_pool.words.shapes import Key, Shape
 
 WAYS: tuple[tuple[Literal["zygote", "exec"], Literal["shared", "private"]], ...] = (
     ("exec", "private"),
@@ -27,13 +27,13 @@ WAYS: tuple[tuple[Literal["zygote", "exec"], Literal["shared", "private"]], ...]
 async def run(recipe: Recipe, shape: Shape, cache_root: Path, repeat: int, console: Console) -> dict[str, Any]:
     """Spawn `repeat` processes each way, one after the other, without a warm-up video. Raises ProcessLost.
 
-    The zygote's own start and the loading of the lent weights happen once for a worker and are told apart.
+    The zygote's own start and the loading of the lent weights happen once for a worker and are reported separately.
     """
     results: dict[str, Any] = {"shape": shape.key, "repeat": repeat, "ways": {}}
     for spawn, weights in WAYS:
         way = f"{spawn}, {weights} weights"
-        with tempfile.TemporaryDirectory(prefix="ltx2-spawn-") as output_dir, console.status(way) as status:
-            host = ProcessHost(recipe, Timeouts(), spawn=spawn, weights=weights)
+        with tempfile.TemporaryDirectory(prefix="ltx2-spawn-") as scratch, console.status(way) as status:
+            host = ProcessHost(recipe, cache_root, Path(scratch), Timeouts(), spawn=spawn, weights=weights)
             try:
                 await host.start()
                 status.update(f"{way}: what is shared by all processes")
@@ -43,10 +43,10 @@ async def run(recipe: Recipe, shape: Shape, cache_root: Path, repeat: int, conso
                 seconds = []
                 for number in range(repeat + (spawn == "zygote")):
                     status.update(f"{way}: process {number + 1}")
-                    process = host.process(shape)
+                    process = host.process(Key(shape))
                     began = time.monotonic()
                     try:
-                        await host.start_process(process, CacheDirs.of(cache_root, shape), output_dir)
+                        await host.start_process(process, None)
                         seconds.append(time.monotonic() - began)
                     finally:
                         process.kill()
