@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from ltx2_pool.model.confine import confine_to_cache as confine_to_cache
 from ltx2_pool.words import protocol
 from ltx2_pool.words.protocol import (
     PING_INTERVAL,
@@ -66,6 +67,7 @@ def serve(connection_fd: int, desk_fd: int | None = None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    confine_to_cache(os.environ)  # before there is a thread, which would stay as it is
     connection = LockedConnection(connection_fd)
     threading.Thread(target=_ping, args=[connection], name="ping", daemon=True).start()
     desk = None if desk_fd is None else socket.socket(fileno=desk_fd)

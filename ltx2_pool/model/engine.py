@@ -6,8 +6,6 @@ warm-up. Import it only after :meth:`ltx2_pool.words.recipe.Recipe.environment` 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import itertools
 import os
@@ -43,14 +41,19 @@ from fastvideo.entrypoints.video_generator import VideoGenerator
 from fastvideo.fastvideo_args import FastVideoArgs
 from fastvideo.pipelines import ForwardBatch, build_pipeline
 from fastvideo.pipelines.basic.ltx2.stages import ltx2_denoising
-from fastvideo.pipelines.stages.base import StageVerificationError
 from fastvideo.utils import shallow_asdict
 from fastvideo.worker.executor import Executor
 from torch._inductor.codecache import torch_key
-from torch._inductor.exc import InductorError
 
+from ltx2_pool.model.faults import is_compile_failure as is_compile_failure
+from ltx2_pool.model.faults import is_fatal as is_fatal
+from ltx2_pool.model.faults import is_out_of_memory as is_out_of_memory
+from ltx2_pool.model.faults import is_refusal as is_refusal
+from ltx2_pool.model.memory import device_total as device_total
+from ltx2_pool.model.memory import memory as memory
+from ltx2_pool.model.memory import trim_memory as trim_memory
 from ltx2_pool.model.mp4 import Clip
-from ltx2_pool.words.protocol import Compiled, Memory
+from ltx2_pool.words.protocol import Compiled
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
 
@@ -69,53 +72,6 @@ class Cancelled(Exception):
 
 class LoadError(Exception):
     """The checkpoint could not be loaded. The message says what to do."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the host: for this job's want of it, or a neighbour's."""
-    return any(
-        isinstance(seen, MemoryError | torch.OutOfMemoryError)
-        or (
-            isinstance(seen, RuntimeError)
-            and any(
-                sign in str(seen)
-                for sign in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-            )
-        )
-        for seen in _chain(error)
-    )
-
-
-def is_fatal(error: BaseException) -> bool:
-    """Whether this process cannot be trusted after the error: a fault of the device, or memory that ran out."""
-    return is_out_of_memory(error) or any(
-        isinstance(seen, torch.AcceleratorError)
-        or (
-            isinstance(seen, RuntimeError)
-            and any(sign in str(seen) for sign in ("CUDA error", "CUDNN_STATUS", "cuBLAS", "CUBLAS_STATUS"))
-        )
-        for seen in _chain(error)
-    )
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
-def is_compile_failure(error: BaseException) -> bool:
-    """Whether torch.compile failed: on a good machine that is a compile cache with damaged files."""
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    return isinstance(error, BackendCompilerFailed | InductorError)
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether the pipeline refused the request's parameters, before it used them."""
-    return isinstance(error, StageVerificationError)
 
 
 def preload() -> None:
@@ -334,72 +290,6 @@ def seconds_compiling() -> float:
     from torch._dynamo.utils import compilation_time_metrics
 
     return float(sum(compilation_time_metrics.get("_compile.compile_inner", ())))
-
-
-def trim_memory() -> None:
-    """Give what the allocator keeps for later back, so that other processes can use it between two jobs."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def memory(weights_bytes: int) -> Memory:
-    """What this process needs besides `weights_bytes`, and its peak since the last call. Call after `trim_memory`.
-
-    A device is free of a job while its video is encoded: that takes main memory, which on a CPU is all there is.
-    """
-    if torch.cuda.is_available():
-        reserved, peak = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
-        torch.cuda.reset_peak_memory_stats()
-        context = _device_memory_of_this_process(reserved) - reserved
-        return Memory(
-            resident=max(0, reserved + context - weights_bytes),
-            peak=max(0, peak + context - weights_bytes),
-            encoding=max(0, reserved + context - weights_bytes),
-            weights=weights_bytes,
-        )
-    pss, peak = _proportional_set_size()
-    return Memory(resident=max(0, pss - weights_bytes), peak=max(0, peak - weights_bytes), weights=weights_bytes)
-
-
-def device_total() -> int:
-    """Bytes of device memory, 0 on a CPU."""
-    return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else 0
-
-
-_CONTEXT_BYTES = 600 << 20
-"""Of a CUDA context with loaded kernels, where NVML does not tell: it knows processes by their number on the host."""
-
-
-def _device_memory_of_this_process(reserved: int) -> int:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                if process.pid == os.getpid() and process.usedGpuMemory:
-                    return int(process.usedGpuMemory)
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        pass
-    return reserved + _CONTEXT_BYTES
-
-
-def _proportional_set_size() -> tuple[int, int]:
-    """Bytes now, and at most since the last call; both without what is shared with others."""
-    process = Path("/proc/self")
-    pss = _kilobytes(process / "smaps_rollup", "Pss:")
-    grown = _kilobytes(process / "status", "VmHWM:") - _kilobytes(process / "status", "VmRSS:")
-    with contextlib.suppress(OSError):
-        (process / "clear_refs").write_text("5")  # start VmHWM anew (proc.rst)
-    return pss * 1024, (pss + max(0, grown)) * 1024
-
-
-def _kilobytes(file: Path, name: str) -> int:
-    return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(name))
 
 
 def _check_checkpoint(path: Path) -> None:

@@ -71,8 +71,14 @@ class Events:
         return [event.phase for event in self.seen if isinstance(event, Phase)]
 
     async def phase(self, name: str) -> None:
+        await self._until(lambda: name in self.phases)
+
+    async def step(self) -> None:
+        await self._until(lambda: any(isinstance(event, Step) for event in self.seen))
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE):
-            while name not in self.phases:
+            while not condition():
                 self._news.clear()
                 await self._news.wait()
 

@@ -307,7 +307,7 @@ async def test_a_job_that_does_not_stop_is_stopped(make_host: MakeHost) -> None:
         process, events = await place.ready(), Events()
         cancelled = job("deaf to cancel")
         running = asyncio.create_task(process.generate(cancelled, place.output(), events))
-        await events.phase("denoise")
+        await events.step()
         process.cancel(cancelled)
         with pytest.raises(ProcessLost) as caught:
             await soon(running)
