@@ -192,9 +192,9 @@ class Book:
         starts = self.starts.setdefault(process.key, Starts(self.pauses))
         guilty = lost.reason in SHAPES_OWN_FAULT and (lost.reason != "oom" or alone)
         if guilty:
-            starts.failed(now, str(lost))
+            starts.failed(now, lost.what)
         elif lost.reason != "helper":  # those have a pause of their own
-            starts.disturbed(now, str(lost))
+            starts.disturbed(now, lost.what)
         return guilty
 
     def encoding(self, process: Reservation) -> None:

@@ -153,12 +153,12 @@ class Pool:
 
         May be called again, also while it runs: there is only one close.
         """
+        self._book.close()
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(drain_timeout))
         await asyncio.shield(self._closing)
 
     async def _close(self, drain_timeout: float) -> None:
-        self._book.close()
         pending = len(self._book.waiting) + len(self._book.running)
         if pending and drain_timeout:
             logger.info("draining %d jobs for at most %g s", pending, drain_timeout)

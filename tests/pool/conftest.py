@@ -1,4 +1,4 @@
-"""A pool over fake children, and the check that it leaves nothing behind."""
+"""A pool over the real child with a made-up engine, and the check that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,24 @@ import psutil
 import pytest
 import uvloop
 
-from ltx2_pool.processes.host import ProcessHost
-from ltx2_pool.processes.process import ExecSpawner, Timeouts
-from ltx2_pool.serving.capacity import FixedCapacity
-from ltx2_pool.serving.pool import SubprocessPool
+from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.processes.spawner import ExecSpawner
+from ltx2_pool.processes.subprocesses import ProcessHost
+from ltx2_pool.serving.book import Book, Limits
+from ltx2_pool.serving.breaker import Pauses
+from ltx2_pool.serving.ledger import Ledger
+from ltx2_pool.serving.pool import Pool
+from ltx2_pool.words.outcomes import Video
+from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import Shape
+from ltx2_pool.words.shapes import Key, Shape
 
-FAKE_CHILD = Path(__file__).with_name("fake_child.py")
+GIB = 2**30
+IMAGINARY = [sys.executable, "-m", "ltx2_pool.tools.imaginary"]
 A, B, C = Shape(64, 64, 9), Shape(96, 64, 17), Shape(64, 96, 9)
 QUICK = Timeouts(spawn=20, generation=20, cancel=5, term=5)
+MEMORY = Memory(resident=GIB, peak=2 * GIB)
 _ids = itertools.count()
 uvloop.run(asyncio.sleep(0))  # libuv opens a pipe for the whole process with its first loop
 
@@ -34,8 +41,21 @@ def job(shape: Shape = A, prompt: str = "fine") -> Job:
     return Job(id=f"job{next(_ids)}", shape=shape, prompt=prompt, seed=1, steps=2, guidance=1.0, fps=24)
 
 
+def nothing(_event: object) -> None:
+    pass
+
+
+async def make(pool: Pool, *args: Any) -> Video:
+    return await pool.generate(job(*args), nothing)
+
+
+def maker(video: Video) -> int:
+    """The pid that wrote the file."""
+    return int(video.path.read_bytes().split()[-1])
+
+
 class Gate:
-    """A FIFO that a fake child waits at until the test opens it."""
+    """A FIFO that a child waits at until the test opens it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,50 +80,70 @@ def gate(tmp_path: Path) -> Callable[[], Gate]:
 
 @pytest.fixture
 def make_pool(tmp_path: Path) -> Callable[..., Any]:
+    """Makes pools; what their shapes need is known, unless `known` says otherwise."""
+
     @contextlib.asynccontextmanager
     async def make(
-        timeouts: Timeouts = QUICK, *, weights: str = "private", max_size: int | None = None, **options: Any
-    ) -> AsyncIterator[SubprocessPool]:
+        timeouts: Timeouts = QUICK,
+        *,
+        weights: str = "private",
+        spawner: Any = None,
+        max_size: int | None = None,
+        budget: int | None = sys.maxsize,
+        concurrency: int = 1,
+        known: dict[Shape, Memory] | None = None,
+        limits: Limits | None = None,
+        pauses: Pauses | None = None,
+        keys: Sequence[Shape] = (A, B, C),
+        prewarm: Sequence[Shape] = (),
+        **options: Any,
+    ) -> AsyncIterator[Pool]:
         host = ProcessHost(
             Recipe(model_path="none"),
+            tmp_path / "cache",
+            tmp_path / "scratch",
             timeouts,
             weights=weights,
-            spawner=ExecSpawner([sys.executable, str(FAKE_CHILD)]),
+            spawner=spawner or ExecSpawner(IMAGINARY),
         )
-        run_dir = tmp_path / "run"
-        run_dir.mkdir(exist_ok=True)
-        if max_size is not None:
-            options["capacity"] = FixedCapacity(max_size)
-        pool = SubprocessPool(host, tmp_path / "cache", run_dir, **options)
+        ledger = Ledger({"cpu": budget}, concurrency=concurrency, max_processes=max_size)
+        for shape, memory in (dict.fromkeys(keys, MEMORY) if known is None else known).items():
+            ledger.observe(Key(shape), memory)
+        book = Book(
+            ledger,
+            limits or Limits(),
+            [Key(shape) for shape in keys],
+            [Key(shape) for shape in prewarm],
+            pauses or Pauses(),
+        )
+        pool = Pool(host, book, tmp_path / "run", **options)
         await pool.start()
         try:
             yield pool
         finally:
             await pool.close()
-            assert not pool._tasks
-            assert not pool._processes
+            assert pool.status()["processes"] == []
+            assert {device["held"] for device in pool.status()["devices"].values()} == {0}
 
     return make
 
 
-@pytest.fixture
-def run() -> Callable[[Awaitable[None]], None]:
-    """Run a coroutine on the loop the worker uses, and check that no fd, process or task outlives it."""
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No descriptor and no process outlives a test."""
+    before, children = _open_files(), psutil.Process().children()
+    yield
+    assert [child for child in psutil.Process().children() if child not in children] == []
+    assert {fd: file for fd, file in _open_files().items() if before.get(fd) != file} == {}
 
-    async def main(body: Awaitable[None]) -> None:
-        async with asyncio.timeout(60):
-            await body
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        assert not left, left
 
-    def go(body: Awaitable[None]) -> None:
-        before, children = _open_files(), psutil.Process().children()
-        uvloop.run(main(body))
-        assert [child for child in psutil.Process().children() if child not in children] == []
-        left = {fd: file for fd, file in _open_files().items() if before.get(fd) != file}
-        assert not left
-
-    return go
+@pytest.fixture(autouse=True)
+async def no_task_left(nothing_left: None) -> AsyncIterator[None]:
+    """No task outlives a test."""
+    before = asyncio.all_tasks()
+    yield
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert not left, left
 
 
 def _open_files() -> dict[str, str]:
@@ -114,14 +154,19 @@ def _open_files() -> dict[str, str]:
     return files
 
 
-def states(pool: SubprocessPool) -> dict[str, str]:
+def states(pool: Pool) -> dict[str, str]:
     return {p["shape"]: p["state"] for p in pool.status()["processes"]}
 
 
-def pids(pool: SubprocessPool) -> dict[str, int]:
+def pids(pool: Pool) -> dict[str, int]:
     return {p["shape"]: p["pid"] for p in pool.status()["processes"]}
 
 
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110 - any condition, of any object
-        await asyncio.sleep(0.005)
+async def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - any condition, of any object
+            await asyncio.sleep(0.005)
+
+
+async def gathered(*jobs: Awaitable[Any]) -> list[Any]:
+    return await asyncio.gather(*jobs, return_exceptions=True)
