@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from ltx2_pool.processes import endings
 from ltx2_pool.processes.connection import Channel, open_channel
 from ltx2_pool.processes.guard import Guard, kill_group
-from ltx2_pool.processes.output import OutputTail as OutputTail
-from ltx2_pool.processes.reaping import exit_of as exit_of
-from ltx2_pool.processes.reaping import settle_exit as settle_exit
-from ltx2_pool.processes.spawner import Launched as Launched
-from ltx2_pool.processes.spawner import Spawner
+from ltx2_pool.processes.output import OutputTail
+from ltx2_pool.processes.spawner import Launched, Spawner
 from ltx2_pool.words.outcomes import ProcessLost, Reason
 from ltx2_pool.words.protocol import Broken, FromChild, FromParent, Memory, Ping, ProtocolError
 
@@ -127,8 +124,9 @@ class ChildProcess:
             raise await self.loss()
         self._begun = True
         try:
+            # Not within the timeout: what a spawner waits for is no fault of this process, and has deadlines itself.
+            await self._launch(environment, [] if other is None else [other.fileno()])
             async with asyncio.timeout(timeout):
-                await self._launch(environment, [] if other is None else [other.fileno()])
                 message = await self._ask(first)
         except Gone:
             raise await self.loss() from None
@@ -173,12 +171,19 @@ class ChildProcess:
         """SIGKILL it and everything it started. `why` is what a job in it is told. May be called again."""
         self._doom(why or "killed", "was killed" if why is None else f"was killed ({why.replace('_', ' ')})")
 
-    async def loss(self) -> ProcessLost:
-        """The error to raise once it has ended, or was made to: why, and its last words."""
+    async def ended(self) -> bool:
+        """Wait for the end of a process that was killed. False when it does not come.
+
+        Even SIGKILL can take long, while a driver is in the middle of something.
+        """
         with contextlib.suppress(TimeoutError):
-            # Even SIGKILL can take long, while a driver is in the middle of something.
             async with asyncio.timeout(self._timeouts.term + 3 * _LINGERING):
                 await self._gone.wait()
+        return self._gone.is_set()
+
+    async def loss(self) -> ProcessLost:
+        """The error to raise once it has ended, or was made to: why, and its last words."""
+        await self.ended()
         reason, what = self._cause or self._own_end()
         if self._status is not None and (self._cause is None or self._status >= 0):
             what += f" ({endings.describe(self._status)})"

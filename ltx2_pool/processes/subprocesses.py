@@ -65,7 +65,7 @@ class ProcessHost(Host):
         self._tell_weights_lost: Callable[[], None] = lambda: None
         self._processes: set[ShapeProcess] = set()
         """Those that were started and have not ended."""
-        self._burials: set[asyncio.Task[None]] = set()
+        self._burials: dict[ShapeProcess, asyncio.Task[None]] = {}
         self._replaced: dict[Key, CacheDirs] = {}
         self._numbers = itertools.count(1)
 
@@ -146,8 +146,12 @@ class ProcessHost(Host):
         """As :meth:`ltx2_pool.processes.host.Host.close`. Processes that are left are killed."""
         for process in list(self._processes):
             process.kill()
-        while self._burials:
-            await asyncio.wait(self._burials)
+        for process in list(self._processes):
+            if not await process.ended():
+                logger.error("%s does not end, although it was killed: it is left behind", process)
+                self._burials.pop(process).cancel()
+        if self._burials:
+            await asyncio.wait(self._burials.values())
         if self._weights is not None:
             await self._weights.close()
         await self._spawner.close()
@@ -192,10 +196,9 @@ class ProcessHost(Host):
         async def bury() -> None:
             await process.exited()
             self._processes.discard(process)
+            self._burials.pop(process, None)
 
-        burial = asyncio.create_task(bury())
-        self._burials.add(burial)
-        burial.add_done_callback(self._burials.discard)
+        self._burials[process] = asyncio.create_task(bury())
 
     def _lose_borrowers(self) -> None:
         for process in list(self._processes):

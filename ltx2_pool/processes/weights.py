@@ -69,7 +69,7 @@ class WeightsProcess(ChildProcess):
             raise await self.loss()
         return message.digest
 
-    async def ended(self) -> None:
+    async def noticed(self) -> None:
         """Wait until its end is noticed, which is before it is released."""
         await self._over.wait()
 
@@ -143,12 +143,11 @@ class Weights:
             logger.error("the weights process did not start: %s", error)
 
     async def _await_end(self, process: WeightsProcess) -> None:
-        turn = self._pause.turn
-        await process.ended()
+        await process.noticed()
         process.lending = None
         try:
             if not self._closing:
-                self._pause.failed(turn, "the weights process ended")
+                self._pause.failed(self._pause.turn, "the weights process ended")
                 self.on_lost()
         finally:
             lost = await process.loss()
@@ -163,8 +162,11 @@ class Weights:
         self._closing = True
         if self._process is not None:
             self._process.kill()
-            await self._process.exited()
+            if not await self._process.ended():
+                logger.error("%s does not end, although it was killed: it is left behind", self._process)
+                if self._watch is not None:
+                    self._watch.cancel()
         for task in (self._starting, self._watch):
             if task is not None:
-                with contextlib.suppress(ProcessLost):
+                with contextlib.suppress(ProcessLost, asyncio.CancelledError):
                     await task

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from ltx2_pool.processes import endings
+from ltx2_pool.processes.guard import Guard
 from ltx2_pool.processes.pause import HelpersPause
-from ltx2_pool.processes.zygote import ZygoteLost
+from ltx2_pool.processes.zygote import ZygoteLost, ZygoteSpawner
 from ltx2_pool.words.outcomes import SHAPES_OWN_FAULT, ProcessLost
 from ltx2_pool.words.shapes import Key, Shape
 
@@ -219,3 +220,52 @@ def test_the_kernels_counters(tmp_path: Path) -> None:
 )
 def test_a_compile_failure_is_the_caches_or_the_machines(error: str, machines: bool) -> None:
     assert endings.is_machines_fault(error) == machines
+
+
+async def test_a_guard_that_is_stopped_blocks_nobody(make_host: MakeHost) -> None:
+    async with make_host() as place:
+        guard, pid = place.host._guard, place.host.pids["guard"]
+        process = await place.ready()
+        os.kill(pid, signal.SIGSTOP)
+        group = 2**22 + 1  # above any pid
+        for _ in range(1 << 16):
+            if place.host.pids["guard"] != pid:
+                break
+            guard.watch(group)
+            guard.forget(group)
+        assert place.host.pids["guard"] != pid
+        assert process.alive, "what the old one knew was nobody's order"
+
+
+class ImaginaryZygotes(ZygoteSpawner):
+    """With a guard of its own."""
+
+    def __init__(self) -> None:
+        self.guard = Guard()
+        this = "ltx2_pool.tools.imaginary"
+        super().__init__({}, self.guard, program=f"{this}:serve", preload=[this])
+
+    async def close(self) -> None:
+        await super().close()
+        self.guard.close()
+
+
+async def test_a_host_over_a_zygote(make_host: MakeHost) -> None:
+    """The forks ping, borrow and end as fresh interpreters do; and outlive their zygote."""
+    spawner = ImaginaryZygotes()
+    async with make_host(replace(QUICK, silence=4), weights="shared", spawner=spawner) as place:
+        process, other = await place.ready(), await place.ready(KEYS[1])
+        await place.make(process)
+        zygote = place.host.pids["zygote"]
+        os.kill(zygote, signal.SIGKILL)
+        await until(lambda: place.host.pids["zygote"] not in (None, zygote))
+        await place.make(process)
+        os.kill(other.pid, signal.SIGKILL)
+        await until(lambda: not other.alive)
+        assert await soon(other.exited()) == -signal.SIGKILL
+        with pytest.raises(ProcessLost) as caught:
+            await soon(place.make(process, "stop"))
+        assert caught.value.reason == "silent"
+        with pytest.raises(ProcessLost) as caught:
+            await soon(place.make(await place.ready(), "die in decode"))
+        assert (caught.value.reason, caught.value.began) == ("gen_eof", True)
