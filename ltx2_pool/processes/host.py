@@ -83,7 +83,7 @@ class Host(ABC):
 
     @abstractmethod
     async def start_process(self, process: Process, warm_up: Job | None, cache: CacheDirs | None = None) -> Ready:
-        """Start it, and whatever it needs first, and return when it takes jobs; `warm_up` is made before, and thrown away.
+        """Start it, and whatever it needs first, and return when it takes jobs; `warm_up` is made before.
 
         `cache` is for a bake: compile caches other than those of the key. Raises ProcessLost and nothing else; the
         process has then ended. The reason is ``helper`` when something that all processes need did not start.

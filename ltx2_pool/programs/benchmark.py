@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import sys
 import tempfile
@@ -213,28 +214,25 @@ def _spawn(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _chaos(arguments: argparse.Namespace, console: Console) -> int:
-    from ltx2_pool.processes.process import Timeouts
-    from ltx2_pool.processes.spawner import ExecSpawner
-    from ltx2_pool.processes.subprocesses import ProcessHost
-    from ltx2_pool.tools.bench import chaos
+    from ltx2_pool.tools.bench import chaos, faults, worlds
 
     menu = Menu.load(arguments.shapes)
-    timeouts = Timeouts(spawn=120, weights=120, generation=60, cancel=5, term=5)
-    if arguments.real:
-        host = ProcessHost(_recipe(arguments, console), timeouts)
-        check = chaos.same_video_each_time()
-    else:
-        fake = [sys.executable, str(ROOT / "tests" / "pool" / "fake_child.py")]
-        host = ProcessHost(Recipe(model_path="none"), timeouts, weights="private", spawner=ExecSpawner(fake))
-
-        def check(shape: object, data: bytes) -> bool:
-            return data.startswith(f"{shape} by ".encode())
-
-    with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as run_dir, Progress(console=console) as progress:
+    logging.getLogger("ltx2_pool").addHandler(logging.NullHandler())  # a line for each fault would hide the ledger
+    kinds: tuple[faults.Fault, ...] = (*faults.OF_PROCESSES, *faults.OF_THE_MACHINE)
+    check = chaos.same_video_each_time()
+    prompt: chaos.Prompt = worlds.same_prompt
+    with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as directory, Progress(console=console) as progress:
+        run_dir = Path(directory)
+        if arguments.real:
+            pool = worlds.real(_recipe(arguments, console), menu, _cache_root(arguments), run_dir)
+        else:
+            pool = worlds.imaginary(menu, run_dir)
+            kinds = (*kinds, *faults.OF_HELPERS)
+            check, prompt = worlds.is_imaginary, chaos.imaginary_prompts(arguments.seed, run_dir)
 
         async def run() -> chaos.Ledger:
-            one = chaos.Chaos(host, menu, _cache_root(arguments), Path(run_dir), check=check, hot=arguments.real)
-            return await one.run(arguments.jobs, arguments.kill_rate, arguments.seed, progress)
+            one = chaos.Chaos(pool, menu, run_dir, run_dir / "videos", kinds, check, prompt)
+            return await one.run(arguments.jobs, arguments.fault_rate, arguments.seed, progress)
 
         ledger = uvloop.run(run())
     chaos.show(ledger, console)

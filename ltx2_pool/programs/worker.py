@@ -13,12 +13,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
 from ltx2_pool.caches import manifest
 from ltx2_pool.processes import lock
 from ltx2_pool.processes.environment import harden
-from ltx2_pool.serving import assembly
+from ltx2_pool.serving import assembly, exits
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.traffic import Traffic, to_prewarm
 from ltx2_pool.words import device as devices
@@ -78,11 +76,11 @@ def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int
     problems = _check_caches(settings, menu)
     run_dir = settings.make_run_dir()
     try:
-        status: int = uvloop.run(_serve(settings, menu, device, run_dir, traffic, prewarm, problems.keys()))
-        return status
+        return exits.run(
+            lambda last_resort: _serve(settings, menu, device, run_dir, traffic, prewarm, problems.keys(), last_resort)
+        )
     finally:
         os.close(held)
-        traffic.save()
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
@@ -151,6 +149,7 @@ async def _serve(
     traffic: Traffic,
     prewarm: Sequence[Shape],
     not_baked: Collection[str],
+    last_resort: exits.LastResort,
 ) -> int:
     from dynamo.runtime import DistributedRuntime
 
@@ -168,7 +167,7 @@ async def _serve(
         metrics.baked.labels(shape.key).set(shape in baked)
     known = assembly.measured(settings, baked)
     pool = assembly.pool(settings, menu, device, run_dir, metrics, prewarm, known)
-    return await endpoint.serve(runtime, pool, menu, settings, metrics, traffic)
+    return await endpoint.serve(runtime, pool, menu, settings, metrics, traffic, last_resort)
 
 
 if __name__ == "__main__":

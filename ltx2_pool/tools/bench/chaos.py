@@ -1,7 +1,7 @@
-"""``benchmark.py chaos``: many jobs through the real pool while processes are killed at random, and a ledger.
+"""``benchmark.py chaos``: many jobs through the real pool while things go wrong at random, and a ledger.
 
-Every admitted job must end exactly once, in the right video or in a typed error, and nothing may be left behind: no
-file descriptor, no process, no thread, no task, no video.
+Every admitted job must end exactly once, in the right video or in an error that is true, no job may be refused for what
+was not its fault, and nothing may be left behind: no descriptor, process, thread, task or video.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
 import random
-import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,20 +22,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ltx2_pool.processes.host import ProcessHost
-from ltx2_pool.processes.process import JobFailed, ProcessLost
-from ltx2_pool.serving.breaker import Breaker
-from ltx2_pool.serving.capacity import FixedCapacity
-from ltx2_pool.serving.pool import Limits, Rejected, SubprocessPool, Video
-from ltx2_pool.words.requests import Job, warm_up
+from ltx2_pool.serving.pool import Pool
+from ltx2_pool.tools.bench.faults import STEP, Fault, Target, inflict
+from ltx2_pool.words.outcomes import JobFailed, NoRoom, ProcessLost, Rejected, Video
+from ltx2_pool.words.requests import Job
 from ltx2_pool.words.shapes import Menu, Shape
 
 _IN_FLIGHT = 12
-_HELPER_SHARE = 0.1
-"""Of the kills that hit the zygote or the weights process, where there are any."""
 
 Check = Callable[[Shape, bytes], bool]
 """Whether these bytes are the right video of the shape."""
+Prompt = Callable[[int], str]
+"""The prompt of the job with that number."""
 
 
 @dataclass
@@ -46,9 +42,11 @@ class Ledger:
 
     admitted: int = 0
     ended: Counter[str] = field(default_factory=Counter)
-    kills: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
     wrong: int = 0
     """Videos with other bytes than they must have."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Jobs without a video though nothing was wrong with them or with their file, by what they were told."""
     leaks: list[str] = field(default_factory=list)
     rss_mb: tuple[float, float] = (0, 0)
     """Of this process, after a tenth of the jobs and at the end."""
@@ -61,111 +59,115 @@ class Ledger:
 
     @property
     def ok(self) -> bool:
-        return not (self.lost or self.wrong or self.leaks)
+        return not (self.lost or self.wrong or self.refused or self.leaks)
 
 
 class Chaos:
-    """One run over one pool; the seed decides which job meets which kill after what delay, not the timing."""
+    """One run over one pool; the seed decides which job meets which fault after what delay, not the timing."""
 
     def __init__(
-        self, host: ProcessHost, menu: Menu, cache_root: Path, run_dir: Path, *, check: Check, hot: bool
+        self, pool: Pool, menu: Menu, run_dir: Path, videos: Path, faults: Sequence[Fault], check: Check, prompt: Prompt
     ) -> None:
-        self._host = host
+        """`videos` is where the pool keeps them, below `run_dir`."""
+        self._pool = pool
         self._menu = menu
-        self._run_dir = run_dir
+        self._faults = faults
         self._check = check
-        self._pool = SubprocessPool(
-            host, cache_root, run_dir,
-            capacity=FixedCapacity(2),
-            limits=Limits(max_queue=_IN_FLIGHT * 2),
-            warm_up=(lambda shape: warm_up(menu, shape)) if hot else None,
-            # Kills hit starts as well: the pause after three in a row must not be most of the run.
-            make_breaker=lambda: Breaker(first=0.02, longest=0.02),
-        )  # fmt: skip
+        self._prompt = prompt
+        self._run_dir = run_dir
+        self._videos = videos
         self._ledger = Ledger()
-        self._one_kill = asyncio.Lock()
+        self._one_fault = asyncio.Lock()
+        self._file_fault_at = float("-inf")
+        self._file_fault_on = False
 
-    async def run(self, jobs: int, kill_rate: float, seed: int, progress: Progress) -> Ledger:
-        """Returns the ledger; the pool is closed and what it left is counted."""
-        dice = random.Random(seed)
-        plans = [
-            (dice.choice(self._menu.shapes), dice.random() < kill_rate, dice.expovariate(50), dice.random())
-            for _ in range(jobs)
-        ]
+    async def run(self, jobs: int, rate: float, seed: int, progress: Progress) -> Ledger:
+        """Push the jobs through, with `rate` faults for each."""
+        order = random.Random(seed)
         before = _footprint()
         began = time.monotonic()
-        bar = progress.add_task("jobs", total=jobs)
-        slots = asyncio.Semaphore(_IN_FLIGHT)
-        killers: list[asyncio.Task[None]] = []
         await self._pool.start()
+        target = Target(self._pool, self._run_dir, self._videos, random.Random(seed + 1).random)
+        bar = progress.add_task("jobs", total=jobs)
+        free = asyncio.Semaphore(_IN_FLIGHT)
+        faults: list[asyncio.Task[None]] = []
 
-        async def one(number: int, shape: Shape, kill: bool, delay: float, pick: float) -> None:
-            async with slots:
-                if kill:
-                    killers.append(asyncio.create_task(self._kill(delay, pick)))
+        async def one(number: int, shape: Shape) -> None:
+            async with free:
                 await self._one(number, shape)
-                progress.advance(bar)
-                if number == jobs // 10:
-                    self._ledger.rss_mb = (_rss_mb(), 0)
+            progress.advance(bar)
+            if number == jobs // 10:
+                self._ledger.rss_mb = (_rss_mb(), 0)
 
-        try:
-            async with asyncio.timeout(30 + 120 * jobs):
-                await asyncio.gather(*(one(number, *plan) for number, plan in enumerate(plans)))
-                await asyncio.gather(*killers)
-        finally:
-            await self._pool.close()
+        tasks = []
+        for number in range(jobs):
+            tasks.append(asyncio.create_task(one(number, order.choice(self._menu.shapes))))
+            if order.random() < rate:
+                fault = order.choices(self._faults, [fault.share for fault in self._faults])[0]
+                faults.append(asyncio.create_task(self._fault(fault, target, order.random() * 0.2)))
+            while len(tasks) - sum(task.done() for task in tasks) >= 2 * _IN_FLIGHT:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                tasks = [task for task in tasks if not task.done()]
+        await asyncio.gather(*tasks)
+        await asyncio.gather(*faults)
+        await self._pool.close()
         self._ledger.rss_mb = (self._ledger.rss_mb[0], _rss_mb())
         self._ledger.seconds = time.monotonic() - began
-        self._ledger.leaks = _leaks(before, _footprint()) + [f"video {path.name}" for path in self._run_dir.iterdir()]
+        left = [f"video {path.name}" for path in self._videos.iterdir()] if self._videos.is_dir() else []
+        self._ledger.leaks = _leaks(before, _footprint()) + left
         return self._ledger
 
     async def _one(self, number: int, shape: Shape) -> None:
         # At guidance 1 a negative prompt changes no byte: it only makes each job's parameters its own.
-        menu = self._menu
-        job = Job(f"job{number}", shape, "a fox", menu.seed, menu.steps, 1.0, menu.fps, negative_prompt=str(number))
-        self._ledger.admitted += 1
+        menu, ledger = self._menu, self._ledger
+        prompt = self._prompt(number)
+        job = Job(f"job{number}", shape, prompt, menu.seed, menu.steps, 1.0, menu.fps, negative_prompt=str(number))
+        began = time.monotonic()
+        ledger.admitted += 1
         try:
             video = await self._pool.generate(job, lambda _event: None)
-        except (JobFailed, ProcessLost, Rejected) as error:
-            self._ledger.ended[type(error).__name__] += 1
+            ledger.wrong += not self._check(shape, _take(video))
+        except (JobFailed, ProcessLost, Rejected, OSError) as error:
+            of_its_file = isinstance(error, NoRoom | JobFailed | OSError)
+            if of_its_file and (self._file_fault_on or self._file_fault_at >= began):
+                ledger.ended["a true error of its file"] += 1
+            else:
+                ledger.ended[type(error).__name__] += 1
+                ledger.refused[f"{type(error).__name__}: {str(error).splitlines()[0]}"] += 1
         except Exception as error:
-            self._ledger.ended[f"bug: {type(error).__name__}: {error}"] += 1
+            ledger.ended[f"bug: {type(error).__name__}: {error}"] += 1
         else:
-            self._ledger.ended["video"] += 1
-            self._ledger.wrong += not self._check(shape, _take(video))
+            ledger.ended["video"] += 1
 
-    async def _kill(self, delay: float, pick: float) -> None:
+    async def _fault(self, fault: Fault, target: Target, delay: float) -> None:
         await asyncio.sleep(delay)
-        async with self._one_kill:
-            while not (victims := self._victims(pick < _HELPER_SHARE)) and self._busy():  # noqa: ASYNC110 - anything
-                await asyncio.sleep(0.001)
-            if not victims:
+        async with self._one_fault:
+            if not self._busy():
                 return  # nobody is left to be harmed
-            name, pid = victims[int(pick * 1e6) % len(victims)]
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                self._ledger.kills[name] += 1
-            # The next kill may hit anything at any moment, but something has to be served in between.
+            self._file_fault_on = fault.of_files
+            try:
+                if await inflict(fault, target):
+                    self._ledger.faults[fault.name] += 1
+            finally:
+                if fault.of_files:
+                    self._file_fault_at = time.monotonic()
+                self._file_fault_on = False
+            # The next fault may hit anything at any moment, but something has to be served in between.
             videos = self._ledger.ended["video"]
             while self._ledger.ended["video"] == videos and self._busy():  # noqa: ASYNC110 - anything
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(STEP)
 
     def _busy(self) -> bool:
         status = self._pool.status()
         return bool(status["running"] + status["waiting"])
-
-    def _victims(self, helpers_first: bool) -> list[tuple[str, int]]:
-        status = self._pool.status()
-        helpers = [(name, pid) for name, pid in status["helpers"].items() if pid]
-        children = [("shape process", process["pid"]) for process in status["processes"] if process["pid"]]
-        return helpers if helpers and helpers_first else children
 
 
 def _take(video: Video) -> bytes:
     try:
         return video.path.read_bytes()
     finally:
-        video.path.unlink()
+        with contextlib.suppress(OSError):
+            video.path.unlink()
 
 
 def same_video_each_time() -> Check:
@@ -177,6 +179,20 @@ def same_video_each_time() -> Check:
         return first.setdefault(shape, digest) == digest
 
     return check
+
+
+def imaginary_prompts(seed: int, scratch: Path) -> Prompt:
+    """Prompts for the imaginary engine: some end their first process, in any phase, or run it out of memory."""
+    pick = random.Random(seed + 2)
+    ways = ("crash", "die in text", "die in denoise", "die in encode", "oom", "kill in encode")
+
+    def prompt(number: int) -> str:
+        roll = pick.random()
+        if roll < 0.05:
+            return f"{pick.choice(ways)} once {scratch / f'met{number}'}"
+        return "long 8" if roll < 0.3 else "fine"
+
+    return prompt
 
 
 def _rss_mb() -> float:
@@ -209,15 +225,17 @@ def _leaks(before: dict[str, Counter[str]], after: dict[str, Counter[str]]) -> l
 
 def show(ledger: Ledger, console: Console) -> None:
     """Print the ledger."""
-    table = Table("ledger", "", title=f"{ledger.admitted} jobs, {ledger.kills.total()} kills, {ledger.seconds:.0f} s")
+    table = Table("ledger", "", title=f"{ledger.admitted} jobs, {ledger.faults.total()} faults, {ledger.seconds:.0f} s")
     table.add_row("admitted", str(ledger.admitted))
     for how, number in ledger.ended.most_common():
         table.add_row(f"  ended in: {how}", str(number))
-    for whom, number in ledger.kills.most_common():
-        table.add_row(f"killed: {whom}", str(number))
+    table.add_section()
+    for what, number in ledger.faults.most_common():
+        table.add_row(what, str(number))
     table.add_section()
     table.add_row("lost", str(ledger.lost))
     table.add_row("wrong bytes", str(ledger.wrong))
+    table.add_row("innocent refused", "\n".join(f"{n} x {what}" for what, n in ledger.refused.items()) or "0")
     table.add_row("left behind", "\n".join(ledger.leaks) or "0")
     table.add_row("memory of the worker, MB", "{:.0f} -> {:.0f}".format(*ledger.rss_mb))
     console.print(table)

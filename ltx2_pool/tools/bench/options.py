@@ -76,13 +76,13 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     )
     four.add_argument("--out", type=Path, metavar="FILE", help="write the measurements as JSON")
 
-    five = several.add_parser("chaos", help="jobs through the pool while processes are killed at random")
+    five = several.add_parser("chaos", help="jobs through the pool while things go wrong at random; a ledger")
     five.set_defaults(run=commands["chaos"])
     _model_options(five)
     five.add_argument("--jobs", type=_count, default=1000, metavar="N", help="[%(default)s]")
-    five.add_argument("--kill-rate", type=float, default=0.2, metavar="P", help="kills for each job [%(default)s]")
+    five.add_argument("--fault-rate", type=float, default=0.2, metavar="P", help="faults for each job [%(default)s]")
     five.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
-    five.add_argument("--real", action="store_true", help="the real pipeline; without, children that make no video")
+    five.add_argument("--real", action="store_true", help="the real pipeline; without, an imaginary engine")
 
     six = several.add_parser("fuzz", help="request bodies of every kind of wrong, through the real frontend")
     six.set_defaults(run=commands["fuzz"])

@@ -1,0 +1,186 @@
+"""The faults of a chaos run: of processes, and of the machine as the worker meets it. Each begins, lasts, and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from ltx2_pool.serving import pool as pool_module
+from ltx2_pool.serving.pool import Pool
+
+STEP = 0.002
+"""Seconds between two looks at the pool."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong for `seconds`, or once."""
+
+    name: str
+    begin: Callable[[Target], contextlib.AbstractContextManager[bool]]
+    """Entered while it lasts; yields whether there was anything to harm."""
+    share: int
+    """How often it is chosen, beside the others."""
+    seconds: float = 0.0
+    of_files: bool = False
+    """Jobs that it meets may end in an error of their file, which is then true."""
+
+
+@dataclass
+class Target:
+    """What is harmed."""
+
+    pool: Pool
+    run_dir: Path
+    videos: Path
+    """Where the pool keeps videos, below `run_dir`."""
+    pick: Callable[[], float]
+
+    def pids(self, *states: str) -> list[int]:
+        """Shape processes in one of these states; in any without."""
+        processes = self.pool.status()["processes"]
+        return [p["pid"] for p in processes if p["pid"] and (not states or p["state"] in states)]
+
+    def one(self, pids: list[int]) -> int | None:
+        return pids[int(self.pick() * len(pids))] if pids else None
+
+
+def _signal(pid: int | None, number: int) -> bool:
+    if pid is None:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def kill_a_process(target: Target) -> Iterator[bool]:
+    yield _signal(target.one(target.pids()), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def kill_while_encoding(target: Target) -> Iterator[bool]:
+    yield _signal(target.one(target.pids("encoding")), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def kill_a_helper(target: Target) -> Iterator[bool]:
+    helpers = target.pool.status()["helpers"]
+    yield _signal(target.one([pid for pid in helpers.values() if pid]), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def stop_a_process(target: Target) -> Iterator[bool]:
+    """It is not continued: whoever waits for it has to notice."""
+    yield _signal(target.one(target.pids()), signal.SIGSTOP)
+
+
+@contextlib.contextmanager
+def no_descriptors(target: Target) -> Iterator[bool]:
+    """EMFILE for everything that needs another descriptor, for real."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield True
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.contextmanager
+def no_processes(target: Target) -> Iterator[bool]:
+    """EAGAIN for every start. Injected: root has no limit of processes."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    with mock.patch.object(subprocess, "Popen", refuse):
+        yield True
+
+
+@contextlib.contextmanager
+def no_space(target: Target) -> Iterator[bool]:
+    """ENOSPC for every new file. Injected: to fill a disk would harm others."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with mock.patch.object(pool_module, "_make_file", refuse):
+        yield True
+
+
+@contextlib.contextmanager
+def directory_gone(target: Target) -> Iterator[bool]:
+    shutil.rmtree(target.videos, ignore_errors=True)
+    yield True
+
+
+@contextlib.contextmanager
+def file_in_its_place(target: Target) -> Iterator[bool]:
+    shutil.rmtree(target.videos, ignore_errors=True)
+    target.videos.touch()
+    try:
+        yield True
+    finally:
+        target.videos.unlink()
+
+
+@contextlib.contextmanager
+def directory_read_only(target: Target) -> Iterator[bool]:
+    """Binds everybody but root."""
+    if not target.videos.is_dir():
+        yield False
+        return
+    target.videos.chmod(0o500)
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            target.videos.chmod(0o700)
+
+
+@contextlib.contextmanager
+def weights_do_not_start(target: Target) -> Iterator[bool]:
+    """The weights process dies, and its successors do not come up."""
+    os.environ["LTX2_IMAGINARY"] = "weights=eof"
+    try:
+        yield _signal(target.pool.status()["helpers"].get("weights"), signal.SIGKILL)
+    finally:
+        del os.environ["LTX2_IMAGINARY"]
+
+
+OF_PROCESSES = (
+    Fault("a shape process is killed", kill_a_process, 20),
+    Fault("one is killed while it encodes", kill_while_encoding, 4),
+    Fault("a helper is killed", kill_a_helper, 2),
+    Fault("a shape process is stopped", stop_a_process, 2),
+)
+OF_THE_MACHINE = (
+    Fault("no descriptors (EMFILE)", no_descriptors, 3, 0.2, of_files=True),
+    Fault("no processes (EAGAIN)", no_processes, 3, 0.2),
+    Fault("no space (ENOSPC)", no_space, 3, 0.05, of_files=True),
+    Fault("the run directory vanishes", directory_gone, 3, of_files=True),
+    Fault("a file is in its place", file_in_its_place, 2, 0.05, of_files=True),
+    Fault("the run directory is read-only", directory_read_only, 2, 0.05, of_files=True),
+)
+OF_HELPERS = (Fault("the weights do not start", weights_do_not_start, 1, 1.0),)
+
+
+async def inflict(fault: Fault, target: Target) -> bool:
+    """Let the fault begin, last and end; returns whether it harmed anything."""
+    with fault.begin(target) as harmed:
+        await asyncio.sleep(fault.seconds)
+    return harmed

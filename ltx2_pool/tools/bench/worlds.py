@@ -1,0 +1,60 @@
+"""Pools for a chaos run: over the real pipeline, and over the real child program with an imaginary engine."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.processes.spawner import ExecSpawner
+from ltx2_pool.processes.subprocesses import ProcessHost
+from ltx2_pool.serving.book import Book, Limits
+from ltx2_pool.serving.ledger import Ledger
+from ltx2_pool.serving.pool import Pool
+from ltx2_pool.words import device, requests
+from ltx2_pool.words.protocol import Memory
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.shapes import Key, Menu, Shape
+
+_LIMITS = Limits(max_queue=10_000, max_queue_per_shape=10_000, max_queue_per_user=10_000, job_timeout=600, patience=2)
+_MEMORY = Memory(resident=1 << 30, peak=2 << 30)
+_RESERVE = 1 << 30
+
+
+def real(recipe: Recipe, menu: Menu, cache_root: Path, run_dir: Path) -> Pool:
+    """Forks of the zygote that borrow their weights, every shape started ahead."""
+    timeouts = Timeouts(spawn=180, weights=180, generation=180, cancel=10, term=5)
+    host = ProcessHost(recipe, cache_root, run_dir / "caches", timeouts)
+    here = device.visible()[0]
+    keys = [Key(shape) for shape in menu.shapes]
+    return Pool(
+        host,
+        Book(Ledger({here.id: None}), _LIMITS, keys, keys),
+        run_dir / "videos",
+        devices=(here,),
+        memory_reserve=_RESERVE,
+        warm_up=functools.partial(requests.warm_up, menu),
+        ready_min=len(keys),
+    )
+
+
+def imaginary(menu: Menu, run_dir: Path) -> Pool:
+    """Interpreters that borrow imaginary weights; two processes at most, so that shapes are evicted all the time."""
+    timeouts = Timeouts(spawn=20, weights=20, generation=60, cancel=5, term=5, silence=2)
+    program = ExecSpawner([sys.executable, "-m", "ltx2_pool.tools.imaginary"])
+    host = ProcessHost(Recipe(model_path="none"), run_dir / "cache", run_dir / "caches", timeouts, spawner=program)
+    ledger = Ledger({"cpu": sys.maxsize}, max_processes=2)
+    for shape in menu.shapes:
+        ledger.observe(Key(shape), _MEMORY)
+    return Pool(host, Book(ledger, _LIMITS, [Key(shape) for shape in menu.shapes]), run_dir / "videos")
+
+
+def is_imaginary(shape: Shape, data: bytes) -> bool:
+    """Whether an imaginary engine made this of that shape."""
+    return data.startswith(f"{shape} by ".encode())
+
+
+def same_prompt(_number: int) -> str:
+    """All videos of a shape are the same then."""
+    return "a fox"
