@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from ltx2_pool.caches import manifest
 from ltx2_pool.processes import lock
@@ -22,6 +20,7 @@ from ltx2_pool.serving.traffic import Traffic, to_prewarm
 from ltx2_pool.words import device as devices
 from ltx2_pool.words import settings as settings_module
 from ltx2_pool.words.device import Device, DeviceError
+from ltx2_pool.words.extras import extra, missing_for
 from ltx2_pool.words.settings import Settings, SettingsError
 from ltx2_pool.words.shapes import Menu, MenuError, Shape
 
@@ -43,15 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.command == "status":
-        status: int = _tool("statusview").main(os.environ.get("DYN_SYSTEM_PORT", ""))
-        return status
+        with extra("tools"):
+            from ltx2_pool.tools import statusview
+        return statusview.main(os.environ.get("DYN_SYSTEM_PORT", ""))
     try:
         settings = settings_module.load(arguments, os.environ)
     except SettingsError as error:
         parser.error(str(error))
     if arguments.command == "doctor":
-        fit: bool = _tool("doctor").main(settings, os.environ)
-        return 0 if fit else 1
+        with extra("tools"):
+            from ltx2_pool.tools import doctor
+        return 0 if doctor.main(settings, os.environ) else 1
     harden()
     _start_logging(settings)
     try:
@@ -66,11 +67,15 @@ def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int
     menu.check_image(settings.image_shape_hash)
     _check_system_port(os.environ.get("DYN_SYSTEM_PORT"))
     settings.check_model()
+    if settings.media_output_fs_url and (missing := missing_for(settings.media_output_fs_url)):
+        raise SettingsError(missing)
     device = devices.visible()[0]
     traffic = Traffic(settings.traffic_file or settings.cache_root / "traffic.json")
     prewarm = to_prewarm(settings.wanted, menu, traffic)
     if arguments.plan:
-        _tool("plan").show(settings, menu, device, prewarm)
+        with extra("tools"):
+            from ltx2_pool.tools import plan
+        plan.show(settings, menu, device, prewarm)
         return 0
     held = _hold(device)
     problems = _check_caches(settings, menu)
@@ -82,17 +87,6 @@ def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int
     finally:
         os.close(held)
         shutil.rmtree(run_dir, ignore_errors=True)
-
-
-def _tool(name: str) -> Any:
-    """A module of the tools, which serving does without. Ends the program with what to install when it lacks that."""
-    try:
-        return importlib.import_module(f"ltx2_pool.tools.{name}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("ltx2_pool"):
-            raise
-        print(f"{PROGRAM}: this needs {error.name}: pip install 'ltx2-pool[tools]'", file=sys.stderr)
-        sys.exit(2)
 
 
 def _start_logging(settings: Settings) -> None:
