@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ltx2_pool.processes.zygote import why_not_to_fork
+from ltx2_pool.processes.forking import why_not_to_fork
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.tools import stack
 from ltx2_pool.words import settings
