@@ -229,7 +229,7 @@ class _Decision:
         idle = self._idle(stay)
         victims: list[Reservation] = []
         for victim in sorted((r for r in stay if r.idle and r.key not in self._wanted), key=self._precious):
-            if room.budget is None or idle + need <= room.budget:
+            if room.budget is not None and idle + need <= room.budget:
                 break
             idle -= self._idle([victim])
             victims.append(victim)
@@ -263,7 +263,7 @@ class _Decision:
             stays = [r for r in self._on(device) if r not in victims]
             places = room.places is None or room.places + room.ending_rows + len(victims) > room.claimed_rows
             idle = self._idle(stays)
-            fits = room.budget is None or not stays or idle + room.claimed + need.least <= room.budget
+            fits = not stays or (room.budget is not None and idle + room.claimed + need.least <= room.budget)
             if places and fits and self._lasts(device, job.key, victims):
                 return victims
             victim = next(candidates, None)
@@ -309,9 +309,7 @@ class _Decision:
 
     def _start_ahead(self) -> None:
         """While nobody waits for room, one of the keys to start ahead is started, on room that is free."""
-        if self._state.jobs or any(
-            r.phase in (Phase.LOADING, Phase.SPAWNING) for r in self._ledger.reservations.values()
-        ):
+        if self._wanted or any(r.phase in (Phase.LOADING, Phase.SPAWNING) for r in self._ledger.reservations.values()):
             return
         for key in self._state.ahead:
             if key in self._processes:

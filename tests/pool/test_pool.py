@@ -263,7 +263,9 @@ async def test_a_process_that_is_deaf_to_cancel_is_replaced(make_pool):
     async with make_pool(Timeouts(spawn=20, generation=20, cancel=0.2)) as pool:
         pid = maker(await make(pool))
         started = asyncio.Event()
-        task = asyncio.create_task(pool.generate(job(A, "deaf to cancel"), lambda event: started.set() if isinstance(event, Step) else None))
+        task = asyncio.create_task(
+            pool.generate(job(A, "deaf to cancel"), lambda event: started.set() if isinstance(event, Step) else None)
+        )
         await started.wait()
         task.cancel()
         assert maker(await make(pool)) != pid

@@ -56,6 +56,7 @@ class World:
         self.budget = self.random.randrange(20, 80)
         self.max_processes = None if pick() < 0.6 else self.random.randrange(1, 4)
         self.lends = pick() < 0.3
+        self.measures = pick() < 0.9  # the driver may never say how much is free
         self.keys = KEYS[: self.random.randrange(2, 5)]
         peaks = sorted(self.random.randrange(3, 60) for _ in self.keys)  # a larger shape takes more
         self.true = dict(zip(self.keys, ((self.random.randrange(3), peak) for peak in peaks), strict=True))
@@ -123,7 +124,7 @@ class World:
             if roll < 0.7:
                 if self.lends:
                     for device in process.devices:
-                        if self.ledger.budget(device) is None:
+                        if self.ledger.budget(device) is None and self.measures:
                             self.ledger.set_budget(device, self.budget)
                 self.book.ready(process, memory, 1.0)
                 life.stage = "ending" if process.ending else "idle"
@@ -269,7 +270,7 @@ class World:
     def finish(self) -> None:
         """Everything goes well from now on: every job must be answered, and everything must come back."""
         for _ in range(600):
-            if all(ticket.answered for ticket in self.tickets):
+            if all(ticket.answered for ticket in self.tickets) and (self.book.closing or self.book.able()):
                 break
             moving = [life for life in self.lives.values() if life.stage != "idle"]
             if moving:
@@ -277,10 +278,10 @@ class World:
             elif self.wake is not None:
                 self.now = max(self.now, self.wake) + 1e-6
             else:
-                raise Broken("jobs wait, and nothing can happen: they would wait for ever")
+                raise Broken("jobs wait, or nothing can be made, and nothing can happen: that would be for ever")
             self.decide()
         else:
-            raise Broken("jobs wait for ever")
+            raise Broken("jobs wait, or nothing can be made, for ever")
         self.book.close()
         for life in list(self.lives.values()):
             if life.stage == "starting":

@@ -90,26 +90,24 @@ class Chaos:
         target = Target(self._pool, self._run_dir, self._videos, random.Random(seed + 1).random)
         bar = progress.add_task("jobs", total=jobs)
         free = asyncio.Semaphore(_IN_FLIGHT)
-        faults: list[asyncio.Task[None]] = []
 
         async def one(number: int, shape: Shape) -> None:
-            async with free:
+            try:
                 await self._one(number, shape)
+            finally:
+                free.release()
             progress.advance(bar)
-            if number == jobs // 10:
-                self._ledger.rss_mb = (_rss_mb(), 0)
+            if number >= jobs // 10 and not self._ledger.rss_mb[0]:
+                with contextlib.suppress(OSError):  # there may be no descriptor now
+                    self._ledger.rss_mb = (_rss_mb(), 0)
 
-        tasks = []
-        for number in range(jobs):
-            tasks.append(asyncio.create_task(one(number, order.choice(self._menu.shapes))))
-            if order.random() < rate:
-                fault = order.choices(self._faults, [fault.share for fault in self._faults])[0]
-                faults.append(asyncio.create_task(self._fault(fault, target, order.random() * 0.2)))
-            while len(tasks) - sum(task.done() for task in tasks) >= 2 * _IN_FLIGHT:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                tasks = [task for task in tasks if not task.done()]
-        await asyncio.gather(*tasks)
-        await asyncio.gather(*faults)
+        async with asyncio.TaskGroup() as group:
+            for number in range(jobs):
+                await free.acquire()
+                group.create_task(one(number, order.choice(self._menu.shapes)))
+                if order.random() < rate:
+                    fault = order.choices(self._faults, [fault.share for fault in self._faults])[0]
+                    group.create_task(self._fault(fault, target, order.random() * 0.2))
         await self._pool.close()
         self._ledger.rss_mb = (self._ledger.rss_mb[0], _rss_mb())
         self._ledger.seconds = time.monotonic() - began
