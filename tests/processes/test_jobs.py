@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ltx2_pool.words import protocol
 from ltx2_pool.words.outcomes import JobFailed, ProcessLost
 from ltx2_pool.words.protocol import Memory, Phase
 
@@ -143,20 +145,15 @@ async def test_an_imaginary_child_leaves_what_a_hostile_one_could(
 
 
 async def test_memory_comes_back_from_every_outcome(make_host: MakeHost) -> None:
-    """A7 and A8: given back before "encode" is said, and after everything else."""
+    """A7: twice when there is a video, once when there is none."""
     async with make_host() as place:
         process = await place.ready()
-        trimmed_at_encode: list[int] = []
 
         def count() -> int:
             return sum(line == "trimmed" for line in process.tail)
 
-        def on_event(event: object) -> None:
-            if isinstance(event, Phase) and event.phase == "encode":
-                trimmed_at_encode.append(count())
-
         await until(lambda: count() == 1)
-        await process.generate(job(), place.output(), on_event)
+        await process.generate(job(), place.output(), nothing)
         await until(lambda: count() == 3)
         with pytest.raises(JobFailed):
             await place.make(process, "soft")
@@ -170,6 +167,33 @@ async def test_memory_comes_back_from_every_outcome(make_host: MakeHost) -> None
         assert caught.value.kind == "cancelled"
         assert caught.value.memory is not None
         await until(lambda: count() == 5)
+
+
+def test_memory_is_given_back_before_the_device_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A8: "encode" says that the device is free."""
+    import ltx2_pool.model
+    from ltx2_pool.model import child
+    from ltx2_pool.tools import imaginary
+
+    order: list[str] = []
+
+    class Connection:
+        def send_bytes(self, payload: bytes) -> None:
+            message = protocol.decode_from_child(payload)
+            order.append(message.phase if isinstance(message, Phase) else message.type)
+
+        def poll(self, _timeout: float) -> bool:
+            return False
+
+    for name in ("engine", "mp4"):
+        monkeypatch.setitem(sys.modules, f"ltx2_pool.model.{name}", imaginary)
+        monkeypatch.setattr(ltx2_pool.model, name, imaginary, raising=False)
+    monkeypatch.setattr(imaginary, "trim_memory", lambda: order.append("trim"))
+    output = tmp_path / "video.mp4"
+    output.touch()
+    server: Any = child.ShapeServer(Connection(), 0)  # type: ignore[arg-type]
+    assert server._serve(imaginary.Generator(), protocol.Generate(job=job(), output=str(output)))
+    assert [what for what in order if what != "step"] == "text denoise decode trim encode trim done".split()
 
 
 async def test_what_a_failed_job_left_is_known(make_host: MakeHost) -> None:
@@ -214,6 +238,7 @@ async def test_the_end_of_an_idle_process_is_noticed_and_nobodys_fault(make_host
 
 async def test_a_process_is_not_alive_before_it_is_reaped(make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """A18: what it had started may take its time to die."""
+    from ltx2_pool.processes import process as process_module
     from ltx2_pool.processes import reaping
 
     reaped = asyncio.Event()
@@ -224,6 +249,7 @@ async def test_a_process_is_not_alive_before_it_is_reaped(make_host: MakeHost, m
     async with make_host() as place:
         process = await place.ready()
         monkeypatch.setattr(reaping, "_reap_group", slow)
+        monkeypatch.setattr(process_module, "_LINGERING", 600)
         os.kill(process.pid, signal.SIGKILL)
         await until(lambda: not process.alive)
         ended = asyncio.create_task(process.exited())
