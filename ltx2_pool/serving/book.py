@@ -309,6 +309,11 @@ class Book:
 
     # What can be said.
 
+    @property
+    def unanswered(self) -> int:
+        """Jobs whose clients still wait."""
+        return sum(not ticket.answered for ticket in (*self.waiting, *self.running.values()))
+
     def able(self) -> bool:
         """Whether some video can be made: a process serves, or a start is worth a try."""
         if any(not r.ending and (r.hot or r.phase is Phase.IDLE) for r in self.ledger.reservations.values()):

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from ltx2_pool.processes.host import Host, Process
+from ltx2_pool.serving import files
 from ltx2_pool.serving.book import Answer, Begin, Book, Ticket
 from ltx2_pool.serving.ledger import Phase, Reservation
 from ltx2_pool.serving.metrics import Metrics
@@ -68,7 +67,6 @@ class Pool:
         """By the number of their ticket."""
         self._lives: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._names = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         self._hot_enough = asyncio.Event()
         self._started = False
@@ -105,7 +103,7 @@ class Pool:
             if not answer.done():
                 answer.set_result(outcome)
             elif isinstance(outcome, Video):
-                _unlink(outcome.path)
+                files.remove(outcome.path)
 
         try:
             if self._host.broken is not None:
@@ -141,7 +139,7 @@ class Pool:
         if answer.done():
             outcome = answer.result()
             if isinstance(outcome, Video):  # it came in the very moment in which its client left
-                _unlink(outcome.path)
+                files.remove(outcome.path)
         answer.cancel()
         process = self._book.give_up(ticket)
         if process is not None and (handle := self._handles.get(process.id)) is not None:
@@ -159,12 +157,11 @@ class Pool:
         await asyncio.shield(self._closing)
 
     async def _close(self, drain_timeout: float) -> None:
-        pending = len(self._book.waiting) + len(self._book.running)
-        if pending and drain_timeout:
-            logger.info("draining %d jobs for at most %g s", pending, drain_timeout)
+        if self._book.unanswered and drain_timeout:
+            logger.info("draining %d jobs for at most %g s", self._book.unanswered, drain_timeout)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(drain_timeout):
-                    while self._unanswered():
+                    while self._book.unanswered:
                         self._progress.clear()
                         await self._progress.wait()
         self._book.settle_all(lambda: PoolClosed("the worker shut down before this job was done"))
@@ -180,9 +177,6 @@ class Pool:
             await asyncio.wait(pending_tasks)
         await self._host.close()
 
-    def _unanswered(self) -> bool:
-        return any(not ticket.answered for ticket in (*self._book.waiting, *self._book.running.values()))
-
     def abort(self) -> None:
         """Stop draining: tell the jobs that are left, and kill what generates them."""
         self._book.close()
@@ -196,7 +190,7 @@ class Pool:
         return self._report.health
 
     async def health_after(self, known: Health) -> Health:
-        """Wait until the health is another."""
+        """Wait until the health is different from `known`."""
         return await self._report.health_after(known)
 
     def status(self) -> dict[str, Any]:
@@ -282,17 +276,6 @@ class Pool:
 
     def _on_ready(self, entry: Reservation, handle: Process, ready: Ready) -> None:
         seconds = time.monotonic() - handle.began
-        logger.info(
-            "%s (pid %s) is ready after %.2f s (import %.2f, attach %.2f, trace %.2f, warm-up %.2f; %.2f GB)",
-            entry.key,
-            handle.pid,
-            seconds,
-            ready.import_s,
-            ready.load_s,
-            ready.trace_s,
-            ready.warm_s,
-            ready.memory.resident / 1e9,
-        )
         self._book.ready(entry, ready.memory, seconds)
         if self._host.lends:
             self._measure()
@@ -341,7 +324,7 @@ class Pool:
         delivered = False
         try:
             try:
-                _make_file(output)
+                files.make_empty(output)
             except OSError as error:
                 raise NoRoom(f"the file for the video cannot be made: {error}") from error
             done = await handle.generate(ticket.job, output, on_event)
@@ -363,7 +346,7 @@ class Pool:
             if entry.ending:
                 handle.kill()
             if not delivered:
-                _unlink(output)
+                files.remove(output)
             if lease:
                 self._metrics.lease.inc((encoding_began or time.monotonic()) - began)
             self._decide()
@@ -401,7 +384,7 @@ class Pool:
         self._progress.set()
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine, name=f"pool-{next(self._names)}")
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._disown)
         return task
@@ -414,14 +397,3 @@ class Pool:
 
 def _unforeseen(key: Key, error: Exception) -> ProcessLost:
     return ProcessLost(str(key), "system", f"{type(error).__name__}: {error}")
-
-
-def _make_file(path: Path) -> None:
-    """An empty file that only we can read, in a directory that is made again if somebody has tidied up."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-
-
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)

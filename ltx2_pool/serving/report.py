@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.words.outcomes import JobFailed, ProcessLost, Rejected, Video
 from ltx2_pool.words.protocol import Ready
 from ltx2_pool.words.shapes import Key, Shape
+
+logger = logging.getLogger(__name__)
 
 Health = Literal["starting", "able", "unable", "broken"]
 
@@ -56,6 +59,11 @@ class Report:
 
     def started(self, process: Process, ready: Ready, seconds: float) -> None:
         """A process became ready, that many seconds after it was asked for."""
+        logger.info(
+            "%s (pid %s) is ready after %.2f s (import %.2f, attach %.2f, trace %.2f, warm-up %.2f; %.2f GB)",
+            *(process.key, process.pid, seconds, ready.import_s, ready.load_s, ready.trace_s, ready.warm_s),
+            ready.memory.resident / 1e9,
+        )
         metrics = self.metrics
         if (lending := self._host.lending) is not None:
             metrics.lent.set(lending.bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -395,12 +395,3 @@ def load(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
         env, flag = _spelling(str(first["loc"][0]))
         spelled = f"{flag} ({env})" if flag else env
         raise SettingsError(f"{spelled}: {first['msg']}, not {first['input']!r}") from error
-
-
-def parse(argv: Sequence[str] | None, environ: Mapping[str, str], prog: str, description: str) -> Settings:
-    """Flags and environment to Settings; a mistake ends the program with status 2 and a message, as argparse does."""
-    parser = argument_parser(prog, description)
-    try:
-        return load(parser.parse_args(argv), environ)
-    except SettingsError as error:
-        parser.error(str(error))

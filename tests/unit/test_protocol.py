@@ -21,9 +21,9 @@ from ltx2_pool.words.protocol import (
     Lend,
     Lending,
     Memory,
+    Ping,
     ProtocolError,
     Ready,
-    Shutdown,
 )
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
@@ -36,20 +36,29 @@ JOB = Job("id", SHAPE, 'ein Fuchs 🦊 " \\ \n', 42, 5, 1.0, 24)
 
 @pytest.mark.parametrize(
     "message",
-    [Assign(shape=SHAPE, recipe=Recipe(model_path="/m"), output_dir="/o"), Generate(job=JOB), Cancel(job_id="id"),
-     Lend(recipe=Recipe(model_path="/m")), Checksum(), Shutdown()],
-)  # fmt: skip
+    [
+        Assign(shape=SHAPE, recipe=Recipe(model_path="/m")),
+        Generate(job=JOB, output="/o/id.1.mp4"),
+        Cancel(job_id="id"),
+        Lend(recipe=Recipe(model_path="/m")),
+        Checksum(),
+    ],
+)
 def test_the_parents_messages_read_back_in_the_child(message):
     assert protocol.decode_from_parent(protocol.encode(message)) == message
 
 
 @pytest.mark.parametrize(
     "message",
-    [Ready(pid=1, import_s=1.5, load_s=0.5, memory=MEMORY), Checked(digest="00"),
-     Lending(pid=1, import_s=1, load_s=2, bytes=3, device_total=4),
-     Done(job_id="id", size=1, sample_rate=24000, phases={"text": 0.1}, compiled=Compiled(), memory=MEMORY),
-     Failed(job_id="id", kind="soft", error="x")],
-)  # fmt: skip
+    [
+        Ping(),
+        Ready(import_s=1.5, load_s=0.5, memory=MEMORY),
+        Checked(digest="00"),
+        Lending(import_s=1, load_s=2, bytes=3),
+        Done(job_id="id", sample_rate=24000, phases={"text": 0.1}, compiled=Compiled(), memory=MEMORY),
+        Failed(job_id="id", kind="soft", error="x", memory=MEMORY),
+    ],
+)
 def test_frames_are_what_a_connection_sends(message):
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs:
@@ -79,4 +88,4 @@ def test_an_impossible_length_is_a_protocol_error(length):
 
 def test_an_unknown_field_is_a_protocol_error():
     with pytest.raises(ProtocolError):
-        protocol.decode_from_child(b'{"type": "ready", "pid": 1, "import_s": 0, "load_s": 0, "more": 1}')
+        protocol.decode_from_child(b'{"type": "ping", "more": 1}')

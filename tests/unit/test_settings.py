@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ltx2_pool.processes.forking import why_not_to_fork
-from ltx2_pool.serving.traffic import Traffic
+from ltx2_pool.serving.traffic import Traffic, to_prewarm
 from ltx2_pool.tools import stack
 from ltx2_pool.words import settings
 from ltx2_pool.words.settings import Settings, SettingsError
@@ -21,12 +21,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(*argv: str, **environ: str) -> Settings:
-    return settings.parse(argv, environ, "worker.py", "")
+    parser = settings.argument_parser("ltx2-worker", "")
+    try:
+        return settings.load(parser.parse_args(argv), environ)
+    except SettingsError as error:
+        parser.error(str(error))
 
 
 def test_defaults():
     s = parse("--model", "/m")
-    assert (s.pool_mode, s.capacity, s.gpu_concurrency) == (False, None, 1)
+    assert (s.pool_mode, s.max_processes, s.gpu_concurrency) == (False, None, 1)
     assert (s.spawn_timeout, s.generation_timeout, s.term_grace) == (180, 1800, 30)
     assert s.cache_root == Path("/cache")
 
@@ -98,9 +102,9 @@ def test_the_worker_refuses_to_start_with_status_2_and_says_why(arguments, envir
 
 
 def test_k_follows_the_memory_with_shared_weights_and_is_two_with_private_ones():
-    assert parse(LTX2_MODEL="/m", LTX2_POOL_WEIGHTS="private").capacity == 2
-    assert parse(LTX2_MODEL="/m", LTX2_POOL_WEIGHTS="private", LTX2_POOL_MAX_SIZE="auto").capacity is None
-    assert parse(LTX2_MODEL="/m", LTX2_POOL_MAX_SIZE="3").capacity == 3
+    assert parse(LTX2_MODEL="/m", LTX2_POOL_WEIGHTS="private").max_processes == 2
+    assert parse(LTX2_MODEL="/m", LTX2_POOL_WEIGHTS="private", LTX2_POOL_MAX_SIZE="auto").max_processes is None
+    assert parse(LTX2_MODEL="/m", LTX2_POOL_MAX_SIZE="3").max_processes == 3
 
 
 def test_what_is_started_ahead():
@@ -110,7 +114,7 @@ def test_what_is_started_ahead():
     traffic.count(c)
 
     def prewarm(**environ: str) -> list[Shape]:
-        return parse(LTX2_MODEL="/m", **environ).shapes_to_prewarm(menu, traffic)
+        return to_prewarm(parse(LTX2_MODEL="/m", **environ).wanted, menu, traffic)
 
     assert prewarm() == prewarm(LTX2_POOL_PREWARM="all") == [c, a, b]
     assert prewarm(LTX2_POOL_WEIGHTS="private") == prewarm(LTX2_POOL_PREWARM="none") == []

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ltx2_pool.serving import pool as pool_module
+from ltx2_pool.serving import files
 from ltx2_pool.serving.pool import Pool
 
 STEP = 0.002
@@ -118,7 +118,7 @@ def no_space(target: Target) -> Iterator[bool]:
     def refuse(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    with mock.patch.object(pool_module, "_make_file", refuse):
+    with mock.patch.object(files, "make_empty", refuse):
         yield True
 
 
