@@ -193,7 +193,7 @@ def test_memory_is_given_back_before_the_device_is(tmp_path: Path, monkeypatch: 
     output.touch()
     server: Any = child.ShapeServer(Connection(), 0)  # type: ignore[arg-type]
     assert server._serve(imaginary.Generator(), protocol.Generate(job=job(), output=str(output)))
-    assert [what for what in order if what != "step"] == "text denoise decode trim encode trim done".split()
+    assert [what for what in order if what != "step"] == ["text", "denoise", "decode", "trim", "encode", "trim", "done"]
 
 
 async def test_what_a_failed_job_left_is_known(make_host: MakeHost) -> None:
