@@ -70,7 +70,7 @@ def _proportional_set_size() -> tuple[int, int]:
     pss = _kilobytes(process / "smaps_rollup", "Pss:")
     grown = _kilobytes(process / "status", "VmHWM:") - _kilobytes(process / "status", "VmRSS:")
     with contextlib.suppress(OSError):
-        (process / "clear_refs").write_text("5")  # start VmHWM anew (proc.rst)
+        (process / "clear_refs").write_text("5")  # start VmHWM from zero (proc.rst)
     return pss * 1024, (pss + max(0, grown)) * 1024
 
 

@@ -29,7 +29,7 @@ class Clip:
 
 
 def encode(clip: Clip, path: Path, comment: str = "") -> None:
-    """Write H.264 and AAC in an MP4. The same clip gives the same bytes. Raises OSError when it can not be written."""
+    """Write H.264 and AAC in an MP4. The same clip gives the same bytes. Raises OSError when it cannot be written."""
     height, width = clip.frames.shape[1:3]
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         if comment:

@@ -142,9 +142,14 @@ class Book:
             if count >= limit:
                 raise QueueFull(reason, count, self.expected_wait())
         ticket = Ticket(
-            number=next(self._numbers), key=key, since=now, turn=self._turns.next(user), job=job, user=user,
+            number=next(self._numbers),
+            key=key,
+            since=now,
+            turn=self._turns.next(user),
+            job=job,
+            user=user,
             settle=settle,
-        )  # fmt: skip
+        )
         insort(self.waiting, ticket, key=_order)
         return ticket
 

@@ -32,8 +32,9 @@ class Metrics:
         self.requests = self._counter(
             "ltx2_pool_request_total",
             "Jobs that ended: DONE with a video, ERROR without one, FATAL with the loss of their process",
-            "shape_key", "status",
-        )  # fmt: skip
+            "shape_key",
+            "status",
+        )
         self.latency = self._histogram(
             "ltx2_pool_request_latency_seconds",
             "Admission to video, of jobs that got one",
@@ -48,9 +49,12 @@ class Metrics:
             "ltx2_pool_start_phase_seconds", "Parts of a start: import, attach, trace, warm_up", PHASE_BUCKETS, "phase"
         )
         self.phase = self._histogram(
-            "ltx2_pool_phase_seconds", "Parts of a job: queue, text, denoise, decode, encode, respond", PHASE_BUCKETS,
-            "shape_key", "phase",
-        )  # fmt: skip
+            "ltx2_pool_phase_seconds",
+            "Parts of a job: queue, text, denoise, decode, encode, respond",
+            PHASE_BUCKETS,
+            "shape_key",
+            "phase",
+        )
         self.queue = self._gauge("ltx2_pool_queue_depth", "Jobs that wait", "shape_key")
         self.wait = self._gauge("ltx2_pool_expected_wait_seconds", "What a job admitted now would wait")
         self.lease = self._counter("ltx2_pool_lease_seconds_total", "Time for which jobs held a lease on the GPU")

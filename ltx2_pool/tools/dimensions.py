@@ -1,4 +1,4 @@
-"""What differs between a tiny LTX-2 checkpoint and the real one."""
+"""What differs between a tiny LTX-2 checkpoint, FastVideo's classes and the real checkpoint."""
 
 from __future__ import annotations
 
@@ -33,17 +33,60 @@ class Dimensions:
 
 
 TINY = Dimensions(
-    hidden=64, gemma_layers=2, gemma_heads=2, gemma_kv_heads=1, gemma_head_dim=32, gemma_intermediate=128, vocabulary=0,
-    connector_heads=2, connector_layers=1, layers=2, heads=2, head_dim=32, audio_heads=2, audio_head_dim=16,
-    latent_channels=8, vae_blocks=1, audio_vae_multipliers=(1, 1, 1), audio_vae_blocks=0, vocoder_channels=32,
-)  # fmt: skip
+    hidden=64,
+    gemma_layers=2,
+    gemma_heads=2,
+    gemma_kv_heads=1,
+    gemma_head_dim=32,
+    gemma_intermediate=128,
+    vocabulary=0,
+    connector_heads=2,
+    connector_layers=1,
+    layers=2,
+    heads=2,
+    head_dim=32,
+    audio_heads=2,
+    audio_head_dim=16,
+    latent_channels=8,
+    vae_blocks=1,
+    audio_vae_multipliers=(1, 1, 1),
+    audio_vae_blocks=0,
+    vocoder_channels=32,
+)
 
 
 def large(layers: int, gemma_layers: int) -> Dimensions:
     """The real model's dimensions (48 layers and 48 Gemma layers are all of it: 63 GiB)."""
     return Dimensions(
-        hidden=3840, gemma_layers=gemma_layers, gemma_heads=16, gemma_kv_heads=8, gemma_head_dim=256,
-        gemma_intermediate=15360, vocabulary=262208, connector_heads=30, connector_layers=2, layers=layers, heads=32,
-        head_dim=128, audio_heads=32, audio_head_dim=64, latent_channels=128, vae_blocks=5,
-        audio_vae_multipliers=(1, 2, 4), audio_vae_blocks=2, vocoder_channels=1024,
-    )  # fmt: skip
+        hidden=3840,
+        gemma_layers=gemma_layers,
+        gemma_heads=16,
+        gemma_kv_heads=8,
+        gemma_head_dim=256,
+        gemma_intermediate=15360,
+        vocabulary=262208,
+        connector_heads=30,
+        connector_layers=2,
+        layers=layers,
+        heads=32,
+        head_dim=128,
+        audio_heads=32,
+        audio_head_dim=64,
+        latent_channels=128,
+        vae_blocks=5,
+        audio_vae_multipliers=(1, 2, 4),
+        audio_vae_blocks=2,
+        vocoder_channels=1024,
+    )
+
+
+def connector_name(name: str) -> str:
+    """FastVideo's name of a connector weight as the real checkpoint spells it."""
+    for ours, theirs in (
+        ("feature_extractor_linear.aggregate_embed.", "aggregate_embed."),
+        ("audio_embeddings_connector.", "audio_connector."),
+        ("embeddings_connector.", "video_connector."),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name

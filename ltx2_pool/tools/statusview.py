@@ -46,8 +46,18 @@ def show(status: dict[str, Any], console: Console) -> None:
     """Print one line for each shape of the menu, then the queue, the memory and the last errors."""
     processes = {process["shape"]: process for process in status["processes"]}
     waiting, traffic = status.get("waiting_by_shape", {}), status.get("traffic", {})
-    table = Table("shape", "state", "pid", "age", "jobs", "waiting", "resident", "peak", "traffic",
-                  title=f"{status['model']}, menu {status['menu']}, ltx2-pool {status['version']}")  # fmt: skip
+    table = Table(
+        "shape",
+        "state",
+        "pid",
+        "age",
+        "jobs",
+        "waiting",
+        "resident",
+        "peak",
+        "traffic",
+        title=f"{status['model']}, menu {status['menu']}, ltx2-pool {status['version']}",
+    )
     for key in status["shapes"]:
         process = processes.get(key)
         state = process["state"] if process else "–"
@@ -66,8 +76,10 @@ def show(status: dict[str, Any], console: Console) -> None:
             f"{traffic[key]:.1f}" if key in traffic else "",
         )
     console.print(table)
-    console.print(f"jobs      {status['running']} running, {status['waiting']} waiting, "
-                  f"expected wait {status.get('expected_wait_s', 0):.1f} s")  # fmt: skip
+    console.print(
+        f"jobs      {status['running']} running, {status['waiting']} waiting, "
+        f"expected wait {status.get('expected_wait_s', 0):.1f} s"
+    )
     helpers = ", ".join(f"{name} {pid or 'none'}" for name, pid in status.get("helpers", {}).items())
     console.print(f"health    {status['health']}   helpers: {helpers or 'none'}")
     for name, device in status.get("devices", {}).items():

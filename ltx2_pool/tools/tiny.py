@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltx2_pool.tools.dimensions import TINY, Dimensions, large
+from ltx2_pool.tools.dimensions import TINY, Dimensions, connector_name, large
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +91,12 @@ class _Writer:
         path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def _component(
-        self, name: str, config: dict[str, Any], state: dict[str, torch.Tensor],
+        self,
+        name: str,
+        config: dict[str, Any],
+        state: dict[str, torch.Tensor],
         file: str = "diffusion_pytorch_model.safetensors",
-    ) -> None:  # fmt: skip
+    ) -> None:
         from safetensors.torch import save_file
 
         self._json(f"{name}/config.json", config)
@@ -107,14 +110,23 @@ class _Writer:
         audio_channels = 8 * 16  # latent channels x mel bins: fixed in FastVideo models/dits/ltx2.py
         with torch.device("meta"):
             model = LTXModel(
-                model_type=LTXModelType.AudioVideo, num_attention_heads=d.heads, attention_head_dim=d.head_dim,
-                in_channels=d.latent_channels, out_channels=d.latent_channels, num_layers=d.layers,
-                cross_attention_dim=d.heads * d.head_dim, caption_channels=d.hidden,
-                audio_num_attention_heads=d.audio_heads, audio_attention_head_dim=d.audio_head_dim,
-                audio_in_channels=audio_channels, audio_out_channels=audio_channels,
-                audio_cross_attention_dim=d.audio_heads * d.audio_head_dim, rope_type=LTXRopeType.SPLIT,
-                double_precision_rope=True, prefix="ltx2",
-            )  # fmt: skip
+                model_type=LTXModelType.AudioVideo,
+                num_attention_heads=d.heads,
+                attention_head_dim=d.head_dim,
+                in_channels=d.latent_channels,
+                out_channels=d.latent_channels,
+                num_layers=d.layers,
+                cross_attention_dim=d.heads * d.head_dim,
+                caption_channels=d.hidden,
+                audio_num_attention_heads=d.audio_heads,
+                audio_attention_head_dim=d.audio_head_dim,
+                audio_in_channels=audio_channels,
+                audio_out_channels=audio_channels,
+                audio_cross_attention_dim=d.audio_heads * d.audio_head_dim,
+                rope_type=LTXRopeType.SPLIT,
+                double_precision_rope=True,
+                prefix="ltx2",
+            )
         config = {
             "_class_name": "LTX2Transformer3DModel",
             "_diffusers_version": _DIFFUSERS,
@@ -150,8 +162,11 @@ class _Writer:
         d = self.d
         encoder: list[Any] = []
         for name, multiplier in (
-            ("compress_space_res", 2), ("compress_time_res", 2), ("compress_all_res", 1), ("compress_all_res", 1)
-        ):  # fmt: skip
+            ("compress_space_res", 2),
+            ("compress_time_res", 2),
+            ("compress_all_res", 1),
+            ("compress_all_res", 1),
+        ):
             encoder += [["res_x", {"num_layers": 1}], [name, {"multiplier": multiplier}]]
         residual = ["res_x", {"num_layers": d.vae_blocks, "inject_noise": False}]
         decoder: list[Any] = []
@@ -243,8 +258,18 @@ class _Writer:
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
         from transformers import GemmaTokenizer
 
-        special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>",
-                   "<start_of_image>", "<end_of_image>", "<image_soft_token>"]  # fmt: skip
+        special = [
+            "<pad>",
+            "<eos>",
+            "<bos>",
+            "<unk>",
+            "<mask>",
+            "<start_of_turn>",
+            "<end_of_turn>",
+            "<start_of_image>",
+            "<end_of_image>",
+            "<image_soft_token>",
+        ]
         corpus = [
             "a red fox runs through fresh snow at dawn while the camera follows close to the ground",
             "slow aerial view over a harbour town, warm evening light, boats, gulls, cinematic, highly detailed",
@@ -338,20 +363,8 @@ class _Writer:
         with torch.device("meta"):
             encoder = LTX2GemmaTextEncoderModel(encoder_config)
         own = {k: v for k, v in encoder.state_dict().items() if not k.startswith("gemma_model.")}
-        renamed = {_connector_name(name): value for name, value in self._fill(own).items()}
+        renamed = {connector_name(name): value for name, value in self._fill(own).items()}
         self._component("text_encoder", config, renamed, file="model.safetensors")
-
-
-def _connector_name(name: str) -> str:
-    """FastVideo's name of a connector weight as the real checkpoint spells it."""
-    for ours, theirs in (
-        ("feature_extractor_linear.aggregate_embed.", "aggregate_embed."),
-        ("audio_embeddings_connector.", "audio_connector."),
-        ("embeddings_connector.", "video_connector."),
-    ):
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -138,9 +138,17 @@ class JobTimeout(Rejected, TimeoutError):
 
 
 REJECTIONS = (
-    "invalid", "queue_full", "shape_queue_full", "user_queue_full", "unavailable", "no_room", "poisonous", "closed",
-    "timeout", "delivery",
-)  # fmt: skip
+    "invalid",
+    "queue_full",
+    "shape_queue_full",
+    "user_queue_full",
+    "unavailable",
+    "no_room",
+    "poisonous",
+    "closed",
+    "timeout",
+    "delivery",
+)
 """The labels of the rejection metric. ``delivery`` is a video that was made and could not be handed over."""
 
 

@@ -324,9 +324,7 @@ class Settings(BaseModel):
             )
         for path in self.model.rglob("*"):
             if not os.access(path, os.R_OK):
-                raise SettingsError(
-                    f"{path} can not be read by uid {os.geteuid()}: chmod --recursive a+rX {self.model}"
-                )
+                raise SettingsError(f"{path} cannot be read by uid {os.geteuid()}: chmod --recursive a+rX {self.model}")
 
     def make_run_dir(self) -> Path:
         """Create the private directory for videos, mode 0700. Raises OSError."""
@@ -343,7 +341,7 @@ STARTING = ("spawn", "weights")
 
 
 class SettingsError(ValueError):
-    """A setting that can not be used. The message names the flag and the variable."""
+    """A setting that cannot be used. The message names the flag and the variable."""
 
 
 def _spelling(name: str) -> tuple[str, str | None]:

@@ -57,7 +57,7 @@ class Shape:
 
     @classmethod
     def parse(cls, key: str) -> Shape:
-        """Read a shape key. Raises ValueError when it is not one, or LTX-2 can not make that shape."""
+        """Read a shape key. Raises ValueError when it is not one, or LTX-2 cannot make that shape."""
         match = _KEY.fullmatch(key.strip())
         if match is None:
             raise ValueError(f"{key!r} is not a shape: write WIDTHxHEIGHT@FRAMES, for instance 768x512@121")
@@ -66,7 +66,7 @@ class Shape:
         return shape
 
     def check(self) -> None:
-        """Raise ValueError when LTX-2 can not make this shape, saying which shapes near it could be made."""
+        """Raise ValueError when LTX-2 cannot make this shape, saying which shapes near it could be made."""
         for name, value in (("width", self.width), ("height", self.height)):
             if value < SPATIAL_FACTOR or value % SPATIAL_FACTOR:
                 below = max(SPATIAL_FACTOR, value // SPATIAL_FACTOR * SPATIAL_FACTOR)
@@ -107,7 +107,7 @@ class Key:
 
 
 class MenuError(ValueError):
-    """A menu file that can not be used. The message has the file, the line and the reason."""
+    """A menu file that cannot be used. The message has the file, the line and the reason."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Menu:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise MenuError(f"{path}: can not read the menu: {error}") from error
+            raise MenuError(f"{path}: cannot read the menu: {error}") from error
         return _MenuReader(path).read(text)
 
 

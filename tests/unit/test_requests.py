@@ -104,8 +104,19 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = ["prompt", "model", "size", "seconds", "nvext", "response_format", "output_format", "stream", "extra_args",
-          "input_reference", "user"]  # fmt: skip
+FIELDS = [
+    "prompt",
+    "model",
+    "size",
+    "seconds",
+    "nvext",
+    "response_format",
+    "output_format",
+    "stream",
+    "extra_args",
+    "input_reference",
+    "user",
+]
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON))

@@ -86,7 +86,7 @@ def test_help_names_every_variable_and_is_quick():
     ("arguments", "environ", "words"),
     [
         (["--model", "/nowhere"], {}, "is not a checkpoint"),
-        (["--model", "/nowhere", "--shapes", "/absent.yaml"], {}, "/absent.yaml: can not read the menu"),
+        (["--model", "/nowhere", "--shapes", "/absent.yaml"], {}, "/absent.yaml: cannot read the menu"),
         (["--model", "/nowhere"], {"IMAGE_SHAPE_HASH": "0badcafe"}, "was baked for menu 0badcafe"),
         (["--model", "/nowhere"], {"DYN_SYSTEM_PORT": "40000"}, "DYN_SYSTEM_PORT"),
     ],
@@ -94,8 +94,12 @@ def test_help_names_every_variable_and_is_quick():
 def test_the_worker_refuses_to_start_with_status_2_and_says_why(arguments, environ, words):
     done = subprocess.run(
         [sys.executable, str(ROOT / "worker.py"), *arguments],
-        capture_output=True, text=True, timeout=30, cwd=ROOT, env={"PATH": "/usr/bin:/bin", **environ},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", **environ},
+    )
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -145,5 +149,5 @@ def test_a_checkpoint_that_can_not_be_read_is_refused_before_anything_starts(tmp
     weights.touch()
     readable = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != weights and readable(path, mode))  # root reads all
-    with pytest.raises(SettingsError, match=r"a\.safetensors can not be read by uid \d+: chmod --recursive a\+rX"):
+    with pytest.raises(SettingsError, match=r"a\.safetensors cannot be read by uid \d+: chmod --recursive a\+rX"):
         Settings(model=tmp_path).check_model()

@@ -26,9 +26,17 @@ def load(tmp_path: Path, text: str) -> Menu:
 def test_the_shipped_menu_has_the_ten_ltx2_shapes():
     menu = Menu.load(ROOT / "shapes.yaml")
     assert {s.key for s in menu.shapes} == {
-        "1920x1088@121f", "1088x1920@121f", "1280x736@121f", "1280x736@241f", "736x1280@121f", "736x1280@241f",
-        "768x512@121f", "768x512@241f", "512x768@121f", "512x768@241f",
-    }  # fmt: skip
+        "1920x1088@121f",
+        "1088x1920@121f",
+        "1280x736@121f",
+        "1280x736@241f",
+        "736x1280@121f",
+        "736x1280@241f",
+        "768x512@121f",
+        "768x512@241f",
+        "512x768@121f",
+        "512x768@241f",
+    }
     assert (menu.fps, menu.steps, menu.guidance, menu.seed) == (24, 5, 1.0, 42)
 
 
@@ -74,7 +82,7 @@ def test_another_menu_than_the_image_was_baked_for_is_refused(tmp_path):
         ("- a\n", 1, "a menu is a mapping"),
         ("model: [\n", 2, "not YAML"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_menu_is_refused_with_file_line_and_reason(tmp_path, text, line, why):
     with pytest.raises(MenuError, match=rf"menu\.yaml:{line}: .*{why}"):
         load(tmp_path, text)
@@ -83,7 +91,7 @@ def test_a_wrong_menu_is_refused_with_file_line_and_reason(tmp_path, text, line,
 def test_an_empty_or_absent_menu_is_refused(tmp_path):
     with pytest.raises(MenuError, match="mapping"):
         load(tmp_path, "")
-    with pytest.raises(MenuError, match="can not read"):
+    with pytest.raises(MenuError, match="cannot read"):
         Menu.load(tmp_path / "absent.yaml")
 
 

@@ -114,12 +114,16 @@ def report(text: str) -> MenuReport:
         largest = max(lines, key=lambda line: line.peak)
         rest = max((line.peak for line in lines if line is not largest), default=0.0)
         if largest in idle and largest.peak > rest:
-            notes.append(f"{largest.shape_key} sets the room that is kept for a running job: without it "
-                         f"{(largest.peak - rest) / _GIB:.1f} GiB less for each")  # fmt: skip
+            notes.append(
+                f"{largest.shape_key} sets the room that is kept for a running job: without it "
+                f"{(largest.peak - rest) / _GIB:.1f} GiB less for each"
+            )
     evictions = sum(line.evictions for line in lines)
     if total and evictions > total / 20:
-        notes.append(f"{evictions} evictions for {total:.0f} jobs: shapes push each other out; raise "
-                     "LTX2_POOL_MAX_SIZE, lower LTX2_POOL_MEMORY_RESERVE, or shorten the menu")  # fmt: skip
+        notes.append(
+            f"{evictions} evictions for {total:.0f} jobs: shapes push each other out; raise "
+            "LTX2_POOL_MAX_SIZE, lower LTX2_POOL_MEMORY_RESERVE, or shorten the menu"
+        )
     return MenuReport(tuple(lines), uptime / 3600 if uptime else None, tuple(notes))
 
 
@@ -127,17 +131,33 @@ def show(found: MenuReport, console: Console) -> None:
     """Print a line for each shape, most asked for first."""
     since = f", {found.hours:.1f} hours" if found.hours is not None else ""
     table = Table(
-        "shape", "jobs", "share", "on the GPU", "per GiB kept", "spawns", "evicted", "GiB between jobs", "at most",
-        "advice", title=f"menu report{since}",
-    )  # fmt: skip
+        "shape",
+        "jobs",
+        "share",
+        "on the GPU",
+        "per GiB kept",
+        "spawns",
+        "evicted",
+        "GiB between jobs",
+        "at most",
+        "advice",
+        title=f"menu report{since}",
+    )
     for line in found.lines:
         worth = f"{line.jobs / (line.resident / _GIB):.0f} jobs" if line.resident else ""
         colour = "green" if line.advice == "keep" else "yellow"
         table.add_row(
-            line.shape_key, str(line.jobs), f"{line.share:.1%}", f"{line.gpu_s:.0f} s", worth, str(line.spawns),
-            str(line.evictions), f"{line.resident / _GIB:.2f}" if line.resident else "never ran",
-            f"{line.peak / _GIB:.2f}" if line.peak else "", f"[{colour}]{line.advice}[/]",
-        )  # fmt: skip
+            line.shape_key,
+            str(line.jobs),
+            f"{line.share:.1%}",
+            f"{line.gpu_s:.0f} s",
+            worth,
+            str(line.spawns),
+            str(line.evictions),
+            f"{line.resident / _GIB:.2f}" if line.resident else "never ran",
+            f"{line.peak / _GIB:.2f}" if line.peak else "",
+            f"[{colour}]{line.advice}[/]",
+        )
     console.print(table)
     for note in found.notes:
         console.print(note)

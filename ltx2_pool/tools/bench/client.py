@@ -150,4 +150,4 @@ class Watch:
         """`hot` when the shape has a process that is READY or generates, `cold` when not, empty when nobody knows."""
         if not self.samples:
             return ""
-        return "hot" if self.samples[-1].states.get(shape.key) in ("ready", "busy") else "cold"
+        return "hot" if self.samples[-1].states.get(shape.key) in ("ready", "generating", "encoding") else "cold"

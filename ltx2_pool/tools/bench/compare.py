@@ -33,10 +33,13 @@ from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
 WAYS: dict[str, dict[str, str]] = {
     "in-process": {"LTX2_POOL_MODE": "0"},
     "exec, private": {
-        "LTX2_POOL_MODE": "1", "LTX2_POOL_SPAWN": "exec", "LTX2_POOL_WEIGHTS": "private", "LTX2_POOL_MAX_SIZE": "3",
+        "LTX2_POOL_MODE": "1",
+        "LTX2_POOL_SPAWN": "exec",
+        "LTX2_POOL_WEIGHTS": "private",
+        "LTX2_POOL_MAX_SIZE": "3",
     },
     "pool": {"LTX2_POOL_MODE": "1", "LTX2_POOL_PREWARM": "none", "LTX2_POOL_MAX_SIZE": "3"},
-}  # fmt: skip
+}
 
 
 class CompareError(Exception):
@@ -138,9 +141,14 @@ async def _spawn_seconds(stack: Stack, shape: Shape) -> float:
 def show(result: dict[str, Any], console: Console, out: Path | None) -> None:
     """Print the tables, and write the JSON when asked to."""
     columns = {
-        "first_s": "first video", "hot_p50_s": "hot p50", "spawn_s": "spawn to READY", "cold_s": "cold video",
-        "beside_p50_s": "hot beside a spawn p50", "beside_max_s": "max", "behind_a_lock_s": "behind one lock",
-    }  # fmt: skip
+        "first_s": "first video",
+        "hot_p50_s": "hot p50",
+        "spawn_s": "spawn to READY",
+        "cold_s": "cold video",
+        "beside_p50_s": "hot beside a spawn p50",
+        "beside_max_s": "max",
+        "behind_a_lock_s": "behind one lock",
+    }
     table = Table(Column("seconds", no_wrap=True), *columns.values(), title="the same menu, served in three ways")
     for way, figures in result["ways"].items():
         table.add_row(way, *(f"{figures[name]:.2f}" if name in figures else "" for name in columns))

@@ -62,9 +62,12 @@ def run(stack: Stack, menu: Menu, number: int, seed_value: int, on_answer: Calla
 
     @seed(seed_value)
     @settings(
-        max_examples=number, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=number,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(bodies(menu, stack.model_name))
     def one(body: dict[str, Any]) -> None:
         # With NaN and infinity in it, which are no JSON.

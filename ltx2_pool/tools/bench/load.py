@@ -113,9 +113,15 @@ def sequence(shares: dict[Shape, float], block: int, seed: int) -> Iterator[Shap
 
 
 async def run(
-    client: Client, watch: Watch, level: Level, shapes: Iterator[Shape], number: int | None, duration: float | None,
-    seed: int, on_answer: Callable[[], None],
-) -> Result:  # fmt: skip
+    client: Client,
+    watch: Watch,
+    level: Level,
+    shapes: Iterator[Shape],
+    number: int | None,
+    duration: float | None,
+    seed: int,
+    on_answer: Callable[[], None],
+) -> Result:
     """Push at one level until `number` requests were sent or `duration` seconds have passed, and await all answers."""
     rng = random.Random(seed)
     began = time.monotonic()
@@ -126,9 +132,19 @@ async def run(
         sent, state = time.monotonic() - began, watch.state(shape)
         answer = await client.ask(shape, index)
         records.append(
-            Record(str(level), index, shape.key, state, sent, answer.seconds, answer.wait_s, answer.status,
-                   len(answer.data), answer.problem)
-        )  # fmt: skip
+            Record(
+                str(level),
+                index,
+                shape.key,
+                state,
+                sent,
+                answer.seconds,
+                answer.wait_s,
+                answer.status,
+                len(answer.data),
+                answer.problem,
+            )
+        )
         on_answer()
 
     def time_left() -> bool:
@@ -194,19 +210,33 @@ def show(results: Sequence[Result], console: Console) -> None:
     for result in results:
         figures = summary(result)
         table = Table(
-            Column("shape", no_wrap=True), "videos", "hot p50", "p90", "p99", "cold", "p50", "wait", "p90", "failed",
+            Column("shape", no_wrap=True),
+            "videos",
+            "hot p50",
+            "p90",
+            "p99",
+            "cold",
+            "p50",
+            "wait",
+            "p90",
+            "failed",
             title=f"{result.level}: {figures['videos_per_minute']:.1f} videos a minute, {result.seconds:.0f} s",
             caption="seconds; wait: all but the making, so the queue and the way there and back",
-        )  # fmt: skip
+        )
         for key, of in [*figures["shapes"].items(), ("all", figures)]:
             if key == "all":
                 table.add_section()
             failures = ", ".join(f"{n} x {status}" for status, n in sorted(of["failures"].items()))
             table.add_row(
-                key, f"{of['videos']}/{of['requests']}", *(_s(of["hot"], p) for p in ("p50", "p90", "p99")),
-                str(of["cold"]["videos"] or ""), _s(of["cold"], "p50"), _s(of["wait"], "p50"), _s(of["wait"], "p90"),
+                key,
+                f"{of['videos']}/{of['requests']}",
+                *(_s(of["hot"], p) for p in ("p50", "p90", "p99")),
+                str(of["cold"]["videos"] or ""),
+                _s(of["cold"], "p50"),
+                _s(of["wait"], "p50"),
+                _s(of["wait"], "p90"),
                 f"[red]{failures}[/]",
-            )  # fmt: skip
+            )
         console.print(table)
         for problem, number in Counter(r.problem for r in result.records if r.problem).most_common(5):
             console.print(f"{number} x {problem}", style="red", markup=False)

@@ -20,23 +20,36 @@ if TYPE_CHECKING:
     from ltx2_pool.tools.bench.load import Result
 
 HOT, COLD, FAILED, WAIT = "#1f77b4", "#ff7f0e", "#d62728", "#9aa0a6"
-STATES = {"spawning": "#ffe8a3", "ready": "#e3f1e3", "busy": "#a5d6a7", "draining": "#f5cba7"}
+STATES = {
+    "loading": "#fff3cd",
+    "spawning": "#ffe8a3",
+    "ready": "#e3f1e3",
+    "generating": "#a5d6a7",
+    "encoding": "#c8e6c9",
+    "draining": "#f5cba7",
+}
 
 
 def latency(results: Sequence[Result], order: Sequence[str], path: Path) -> Path:
     """Every request's seconds by shape, a panel for each level, with p50 and p90."""
     figure, panels = pyplot.subplots(
-        1, len(results), figsize=(max(6.5, 4.2 * len(results)), 1.6 + 0.55 * len(order)), sharex=True, sharey=True,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+        1,
+        len(results),
+        figsize=(max(6.5, 4.2 * len(results)), 1.6 + 0.55 * len(order)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     rng = np.random.default_rng(0)
     for axes, result in zip(panels[0], results, strict=True):
         for row, key in enumerate(order):
             good = [r for r in result.good if r.shape == key]
             for colour, cold in ((HOT, False), (COLD, True)):
                 seconds = [r.seconds for r in good if (r.state == "cold") == cold]
-                axes.scatter(seconds, row + rng.uniform(-0.22, 0.22, len(seconds)), s=14, color=colour, alpha=0.6,
-                             linewidths=0)  # fmt: skip
+                axes.scatter(
+                    seconds, row + rng.uniform(-0.22, 0.22, len(seconds)), s=14, color=colour, alpha=0.6, linewidths=0
+                )
             if good:
                 for p, style in ((50, "-"), (90, ":")):
                     at = float(np.percentile([r.seconds for r in good], p))
@@ -64,9 +77,13 @@ def latency(results: Sequence[Result], order: Sequence[str], path: Path) -> Path
 def timeline(result: Result, order: Sequence[str], path: Path) -> Path:
     """What each shape's process did, the jobs above it, and how many waited."""
     figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(11, 2.6 + 0.7 * len(order)), sharex=True, layout="constrained",
+        2,
+        1,
+        figsize=(11, 2.6 + 0.7 * len(order)),
+        sharex=True,
+        layout="constrained",
         gridspec_kw={"height_ratios": [max(2.0, 0.7 * len(order)), 1]},
-    )  # fmt: skip
+    )
     for row, key in enumerate(order):
         for begin, end, state in _spans(result.samples, key):
             top.broken_barh([(begin, end - begin)], (row - 0.45, 0.9), color=STATES.get(state, "white"), linewidth=0)
@@ -78,18 +95,36 @@ def timeline(result: Result, order: Sequence[str], path: Path) -> Path:
             waited = min(record.wait_s or 0.0, record.seconds)
             colour = FAILED if record.problem else COLD if record.state == "cold" else HOT
             top.plot([record.sent_s, record.sent_s + waited], [height, height], color=WAIT, linewidth=1.2)
-            top.plot([record.sent_s + waited, record.sent_s + record.seconds], [height, height], color=colour,
-                     linewidth=3, solid_capstyle="butt")  # fmt: skip
+            top.plot(
+                [record.sent_s + waited, record.sent_s + record.seconds],
+                [height, height],
+                color=colour,
+                linewidth=3,
+                solid_capstyle="butt",
+            )
     top.set_yticks(range(len(order)), order)
     top.set_ylim(len(order) - 0.5, -0.5)
     top.set_title(f"Processes and jobs: {result.level}", fontweight="bold")
     handles = [Patch(color=colour, label=f"process {state}") for state, colour in STATES.items()]
-    handles += [Patch(color=c, label=text) for c, text in ((WAIT, "job waits or travels"), (HOT, "job runs"),
-                (COLD, "job of a cold shape"), (FAILED, "job failed"))]  # fmt: skip
+    handles += [
+        Patch(color=c, label=text)
+        for c, text in (
+            (WAIT, "job waits or travels"),
+            (HOT, "job runs"),
+            (COLD, "job of a cold shape"),
+            (FAILED, "job failed"),
+        )
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     at = [s.at for s in result.samples]
-    bottom.stackplot(at, [s.running for s in result.samples], [s.waiting for s in result.samples],
-                     colors=[STATES["busy"], WAIT], labels=["generating", "waiting"], step="post")  # fmt: skip
+    bottom.stackplot(
+        at,
+        [s.running for s in result.samples],
+        [s.waiting for s in result.samples],
+        colors=[STATES["generating"], WAIT],
+        labels=["generating", "waiting"],
+        step="post",
+    )
     bottom.legend(loc="upper right", frameon=False, fontsize=9)
     bottom.set_ylabel("jobs")
     bottom.set_xlabel("seconds")

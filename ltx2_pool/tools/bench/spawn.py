@@ -66,9 +66,12 @@ async def run(recipe: Recipe, shape: Shape, cache_root: Path, repeat: int, conso
 def show(results: dict[str, Any], console: Console, out: Path | None) -> None:
     """Print the table, and write the JSON when asked to."""
     table = Table(
-        "way", "spawn to READY s", "of exec", "once for all s",
+        "way",
+        "spawn to READY s",
+        "of exec",
+        "once for all s",
         title=f"{results['shape']}: median of {results['repeat']}, without a warm-up video",
-    )  # fmt: skip
+    )
     for way, entry in results["ways"].items():
         table.add_row(way, f"{entry['median_s']:.2f}", f"1/{1 / entry['ratio']:.0f}", f"{entry['once_s']:.1f}")
     console.print(table)
