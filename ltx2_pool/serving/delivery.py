@@ -33,8 +33,9 @@ class DeliveryTimeout(Exception):
 class MediaStore:
     """Where videos asked for by URL go (fsspec, through Dynamo's storage helper).
 
-    What is published in a ``file://`` store has the mode that the worker's umask gives (0644 with the usual 022): the
-    file that the child made is private, and is never what gets published. Nothing here expires what is stored.
+    What is published in a ``file://`` store can be read by everybody (0644, in a directory of 0755), whatever the
+    worker's umask: a web server has to. The file that the child made is private, and is never what gets published.
+    Nothing here expires what is stored.
     """
 
     def __init__(self, fs_url: str, http_url: str | None) -> None:
@@ -45,6 +46,10 @@ class MediaStore:
         """Store an MP4 and return its URL. Blocks. One whose client was told meanwhile that it failed is removed."""
         path = f"videos/{name}.mp4"
         self._fs.pipe(path, data)
+        if "file" in self._fs.fs.protocol:
+            stored = Path(self._fs.path) / path
+            stored.chmod(0o644)
+            stored.parent.chmod(0o755)
         if abandoned.is_set():
             with contextlib.suppress(Exception):
                 self._fs.rm(path)

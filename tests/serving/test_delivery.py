@@ -96,13 +96,15 @@ async def test_base64(left):
 async def test_a_url_and_a_file_that_others_may_read(left, tmp_path):
     left.chmod(0o600)
     store = MediaStore(f"file://{tmp_path}/media", "http://media.example/v/")
-    where, _ = await Deliverer(store, 10).deliver(left, "name", as_url=True)
+    umask = os.umask(0o077)  # as the worker's
+    try:
+        where, _ = await Deliverer(store, 10).deliver(left, "name", as_url=True)
+    finally:
+        os.umask(umask)
     assert where == {"url": "http://media.example/v/videos/name.mp4"}
     stored = tmp_path / "media/videos/name.mp4"
     assert stored.read_bytes() == CONTENT
-    umask = os.umask(0o022)
-    os.umask(umask)
-    assert stored.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (stored.stat().st_mode & 0o777, stored.parent.stat().st_mode & 0o777) == (0o644, 0o755)
     assert not left.exists()
 
 
