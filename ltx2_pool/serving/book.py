@@ -347,11 +347,10 @@ class Book:
 
     def expected_wait(self) -> float:
         """Seconds that a job admitted now would wait for the jobs before it, by what their shapes took lately."""
-        leases = sum(max(1, room.leases) for room in self.ledger.rooms().values())
         jobs = Counter(ticket.key for ticket in (*self.waiting, *self.running.values()))
         work = sum(self._seconds.get(key, 0.0) * count for key, count in jobs.items())
         cold = sum(self._spawn_seconds.get(key, 0.0) for key in jobs if not self._serves(key))
-        return work / leases + cold
+        return work / self.ledger.leases + cold
 
     def _serves(self, key: Key) -> bool:
         return any(r.key == key and not r.ending for r in self.ledger.reservations.values())

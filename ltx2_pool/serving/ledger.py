@@ -174,6 +174,11 @@ class Ledger:
         return self._budgets[device]
 
     @property
+    def leases(self) -> int:
+        """On all devices together."""
+        return self._concurrency * len(self._budgets)
+
+    @property
     def devices(self) -> tuple[str, ...]:
         """In the order in which they were given."""
         return tuple(self._budgets)
