@@ -7,8 +7,12 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import psutil
@@ -24,6 +28,9 @@ from tests.paths import REPOSITORY
 WORK = REPOSITORY / ".work"
 MENU = stack.TINY_MENU
 A, B, C = Menu.load(MENU).shapes
+WARMUP = (sys.executable, "-m", "ltx2_pool.programs.warmup")
+BENCHMARK = (sys.executable, "-m", "ltx2_pool.programs.benchmark")
+T = TypeVar("T")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,13 +46,11 @@ def model() -> Path:
 
 @pytest.fixture(scope="session")
 def baked(model: Path) -> Path:
-    """The tiny menu's caches, baked once by warmup.py and kept for the next run."""
-    subprocess.run(
-        [sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(MENU), "--model", str(model),
-         "--cache-root", str(WORK / "baked"), "--jobs", "2"],
-        check=True,
-    )  # fmt: skip
-    return WORK / "baked"
+    """The tiny menu's caches, baked once by ltx2-warmup and kept for the next run."""
+    root = WORK / "baked"
+    options = {"--shapes": MENU, "--model": model, "--cache-root": root, "--jobs": 2}
+    subprocess.run([*WARMUP, *(str(part) for option in options.items() for part in option)], check=True)
+    return root
 
 
 def merge(baked: Path, target: Path, *shapes: Shape) -> CacheDirs:
@@ -116,6 +121,41 @@ def check(data: bytes, shape: Shape) -> VideoInfo:
 
 def pids(running: Stack) -> dict[str, int]:
     return {p["shape"]: p["pid"] for p in running.status()["processes"]}
+
+
+def wait(condition: Callable[[], T], timeout: float = 120) -> T:
+    """Wait for something that only looking tells, and return it."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come to pass in time"
+        time.sleep(0.02)
+    return found
+
+
+def in_background(function: Callable[[], T]) -> Future[T]:
+    """Run it in a thread that does not outlive the tests."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+@contextlib.contextmanager
+def file_size_limit(pid: int, size: int) -> Iterator[None]:
+    """No file of that process may grow over `size` bytes meanwhile, as on a full disk."""
+    process = psutil.Process(pid)
+    soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        process.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
 
 
 def family(running: Stack) -> list[psutil.Process]:

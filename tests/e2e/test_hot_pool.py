@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,16 +20,17 @@ import pytest
 import uvloop
 
 from ltx2_pool.caches import manifest
-from ltx2_pool.processes.host import ProcessHost
-from ltx2_pool.processes.process import ShapeProcess, Timeouts
+from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.processes.shape import ShapeProcess
+from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.tools.stack import Stack
 from ltx2_pool.words import requests
-from ltx2_pool.words.protocol import Compiled
+from ltx2_pool.words.protocol import Compiled, Ready
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
+from ltx2_pool.words.shapes import CacheDirs, Key, Menu, Shape
 
-from .conftest import MENU, A, B, C, ask, check, family, pids
+from .conftest import MENU, A, B, C, ask, check, family, pids, wait
 
 QUICK = Timeouts(spawn=120, weights=120, generation=120, cancel=10, term=10)
 _ids = itertools.count()
@@ -42,21 +42,20 @@ def job(shape: Shape, steps: int = 2) -> Job:
 
 @contextlib.asynccontextmanager
 async def processes(
-    host: ProcessHost, cache_root: Path, output_dir: Path, *shapes: Shape, warm: bool = False
-) -> AsyncIterator[list[ShapeProcess]]:
+    host: ProcessHost, *shapes: Shape, warm: bool = False
+) -> AsyncIterator[list[tuple[ShapeProcess, Ready]]]:
     """READY shape processes that are ended, with everything they needed, afterwards."""
     before = psutil.Process().children()
     await host.start()
     started = []
     try:
         for shape in shapes:
-            process = host.process(shape)
-            started.append(process)
+            process = host.process(Key(shape))
             warm_up = requests.warm_up(Menu.load(MENU), shape) if warm else None
-            await host.start_process(process, CacheDirs.of(cache_root, shape), str(output_dir), warm_up)
+            started.append((process, await host.start_process(process, warm_up)))
         yield started
     finally:
-        for process in started:
+        for process, _ in started:
             process.kill()
             await process.exited()
         await host.close()
@@ -64,9 +63,10 @@ async def processes(
 
 
 async def make(process: ShapeProcess, video: Job, output_dir: Path) -> tuple[bytes, Compiled]:
-    process.reserve()
-    done = await process.generate(video, lambda _: None)
-    return (output_dir / f"{video.id}.mp4").read_bytes(), done.compiled
+    output = output_dir / f"{video.id}.mp4"
+    output.touch()
+    done = await process.generate(video, output, lambda _: None)
+    return output.read_bytes(), done.compiled
 
 
 def bakes_job(baked: Path, shape: Shape) -> tuple[Job, str]:
@@ -79,8 +79,9 @@ def test_an_interpreter_with_its_own_weights_hits_the_same_keys_and_makes_the_sa
     video, digest = bakes_job(baked, A)
 
     async def body() -> None:
-        host = ProcessHost(Recipe(model_path=str(model)), QUICK, spawn="exec", weights="private")
-        async with processes(host, baked, tmp_path, A) as (process,):
+        recipe = Recipe(model_path=str(model))
+        host = ProcessHost(recipe, baked, tmp_path / "scratch", QUICK, spawn="exec", weights="private")
+        async with processes(host, A) as ((process, _),):
             data, compiled = await make(process, video, tmp_path)
             assert compiled == Compiled(graph_hits=1, autograd_hits=1)
             assert hashlib.sha256(data).hexdigest() == digest
@@ -94,9 +95,9 @@ def test_ready_means_hot(model, baked, tmp_path):
     video, digest = bakes_job(baked, A)
 
     async def body() -> None:
-        host = ProcessHost(Recipe(model_path=str(model)), QUICK, weights="private")
-        async with processes(host, baked, tmp_path, A, warm=True) as (process,):
-            assert process.ready.trace_s > 0
+        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK, weights="private")
+        async with processes(host, A, warm=True) as ((process, ready),):
+            assert ready.trace_s > 0
             data, compiled = await make(process, video, tmp_path)
             assert compiled == Compiled()
             assert hashlib.sha256(data).hexdigest() == digest
@@ -106,23 +107,24 @@ def test_ready_means_hot(model, baked, tmp_path):
 
 def test_weights_are_held_once_and_nobody_changes_them(model, baked, tmp_path):
     async def body() -> None:
-        host = ProcessHost(Recipe(model_path=str(model)), QUICK)
-        async with processes(host, baked, tmp_path, A, B, C) as started:
-            before = await host.lender.checksum()
+        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK)
+        async with processes(host, A, B, C) as pairs:
+            started = [process for process, _ in pairs]
+            before = await host.weights.checksum()
             with pytest.raises(PermissionError):  # it is sealed: nobody can write, whatever it does
-                os.pwrite(lent_file(host.lender.pid), b"x", 0)
+                os.pwrite(lent_file(host.weights.pid), b"x", 0)
             lent = host.lending.bytes
             checkpoint = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
             assert lent == pytest.approx(checkpoint, rel=0.1)
             for number in range(34):
                 for process in started:
-                    await make(process, job(process.shape), tmp_path)
+                    await make(process, job(process.key.shape), tmp_path)
                 if number == 0:
-                    everybody = [host.lender.pid, *(process.pid for process in started)]
+                    everybody = [host.weights.pid, *(process.pid for process in started)]
                     held = sum(pss_of_weights(pid) for pid in everybody)
                     assert held == pytest.approx(checkpoint, rel=0.1)
                     assert all(process.memory.weights == 0 for process in started)
-            assert await host.lender.checksum() == before
+            assert await host.weights.checksum() == before
 
     uvloop.run(body())
 
@@ -196,11 +198,11 @@ def test_a_request_survives_kill_9_of_anything_below_the_worker(hot, victim):
 
 
 def wait_for_helpers(hot: Stack) -> dict[str, int]:
-    deadline = time.monotonic() + 120
-    while not all((helpers := hot.status()["helpers"]).values()):
-        assert time.monotonic() < deadline, helpers
-        time.sleep(0.05)
-    return helpers
+    def all_there() -> dict[str, int]:
+        helpers = hot.status()["helpers"]
+        return helpers if all(helpers.values()) else {}
+
+    return wait(all_there)
 
 
 def test_kernels_that_ask_the_driver_at_import_are_left_alone(tmp_path):

@@ -1,9 +1,10 @@
-"""warmup.py on the tiny menu: bake, prove, resume, and everything that goes wrong on the way."""
+"""ltx2-warmup on the tiny menu: bake, prove, resume, and everything that goes wrong on the way."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from ltx2_pool.caches import bake
-from ltx2_pool.tools import stack
-from tests.paths import REPOSITORY
+from ltx2_pool.tools.stack import WORKER
+from ltx2_pool.words.protocol import Compiled
 
-from .conftest import A, B, C, ask, merge
+from .conftest import MENU, WARMUP, A, B, C, ask, merge
 
 PROBE = Path(__file__).with_name("order_probe.py")
 # File permissions bind root as well without these two capabilities: the image runs as nobody special.
@@ -24,11 +25,12 @@ UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] i
 
 
 def warmup(model: Path, cache_root: Path, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    command = [
-        *UNPRIVILEGED, sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(stack.TINY_MENU),
-        "--model", str(model), "--cache-root", str(cache_root), *arguments,
-    ]  # fmt: skip
+    command = [*UNPRIVILEGED, *WARMUP, *where(model, cache_root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=500, **options)
+
+
+def where(model: Path, cache_root: Path) -> list[str]:
+    return ["--shapes", str(MENU), "--model", str(model), "--cache-root", str(cache_root)]
 
 
 def test_baked_shapes_are_skipped(model, baked):
@@ -47,9 +49,7 @@ def test_verify_finds_no_miss_no_new_file_and_the_same_video(model, baked, tmp_p
     for shape in shapes:
         assert shape["problems"] == shape["new_files"] == []
         assert shape["same_video"] is True
-        assert shape["compiled"] == {
-            "graph_hits": 1, "graph_misses": 0, "autograd_hits": 1, "autograd_misses": 0, "bypasses": 0
-        }  # fmt: skip
+        assert shape["compiled"] == Compiled(graph_hits=1, autograd_hits=1).model_dump()
 
 
 @pytest.fixture
@@ -90,17 +90,19 @@ def test_verify_fails_when_the_cache_lacks_an_entry_that_the_manifest_does_not_k
     assert "1 autograd misses in the compile cache" in done.stdout
 
 
-def test_strict_policy_refuses_a_cache_baked_otherwise_and_says_how_to_mend_it(model, damaged):
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "worker.py")],
-        env={**os.environ, "LTX2_MODEL": str(model), "LTX2_SHAPES": str(stack.TINY_MENU),
-             "LTX2_CACHE_ROOT": str(damaged), "LTX2_POOL_MODE": "1", "LTX2_CACHE_POLICY": "strict",
-             "LTX2_ATTENTION_BACKEND": "FLASH_ATTN"},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+def test_strict_policy_refuses_a_cache_baked_otherwise_and_says_how_to_fix_it(model, damaged):
+    settings = {
+        "LTX2_MODEL": str(model),
+        "LTX2_SHAPES": str(MENU),
+        "LTX2_CACHE_ROOT": str(damaged),
+        "LTX2_POOL_MODE": "1",
+        "LTX2_CACHE_POLICY": "strict",
+        "LTX2_ATTENTION_BACKEND": "FLASH_ATTN",
+    }
+    done = subprocess.run(WORKER, env={**os.environ, **settings}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert f"{A.key}: attention_backend: baked TORCH_SDPA, found FLASH_ATTN" in done.stderr
-    assert f"python warmup.py --only {B.key} --force" in done.stderr
+    assert f"ltx2-warmup --only {B.key} --force" in done.stderr
 
 
 def test_a_baked_worker_serves_strictly_and_compiles_nothing(model, baked, make_stack):
@@ -114,10 +116,10 @@ def test_a_baked_worker_serves_strictly_and_compiles_nothing(model, baked, make_
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_bake_leaves_nothing_that_looks_finished(model, tmp_path, number):
     process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "warmup.py"), "--shapes", str(stack.TINY_MENU),
-         "--model", str(model), "--cache-root", str(tmp_path)],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [*WARMUP, *where(model, tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     while "starting" not in (line := process.stdout.readline()):
         assert line
     process.send_signal(number)
@@ -132,12 +134,11 @@ def test_an_interrupted_bake_leaves_nothing_that_looks_finished(model, tmp_path,
 
 def test_a_full_disk_fails_the_shape_and_leaves_nothing(model, tmp_path):
     """No file may grow over 64 KiB: the compiler's output does not fit."""
-    import resource
 
-    done = warmup(
-        model, tmp_path, "--only", A.key,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
-    )  # fmt: skip
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+    done = warmup(model, tmp_path, "--only", A.key, preexec_fn=small_files)
     assert done.returncode == 1, done.stdout
     assert "bake failed" in done.stdout
     assert list((tmp_path / "per-shape").iterdir()) == []
@@ -160,12 +161,14 @@ def test_the_order_of_shapes_does_not_change_the_keys(model, baked, tmp_path):
 
 
 def test_the_plan_says_what_would_be_started(model, baked):
+    settings = {"LTX2_POOL_MODE": "1", "LTX2_POOL_PREWARM": f"{B.key},{A.key}", "COLUMNS": "140"}
     plan = subprocess.run(
-        [sys.executable, str(REPOSITORY / "worker.py"), "--plan", "--model", str(model),
-         "--shapes", str(stack.TINY_MENU), "--cache-root", str(baked)],
-        env={**os.environ, "LTX2_POOL_MODE": "1", "LTX2_POOL_PREWARM": f"{B.key},{A.key}", "COLUMNS": "140"},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [*WORKER, "--plan", *where(model, baked)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert plan.returncode == 0, plan.stderr
     rows = {row[1]: row for row in (line.split("│") for line in plan.stdout.splitlines() if line.startswith("│"))}
     rows = {key.strip(): [cell.strip() for cell in row] for key, row in rows.items()}
