@@ -17,7 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import REPOSITORY
+
+ROOT = REPOSITORY
+WARMUP = (sys.executable, "-m", "ltx2_pool.programs.warmup")
 
 
 def main() -> int:
@@ -47,9 +50,8 @@ def main() -> int:
         runs = {}
         for name, root, extra in (("bake", "one", []), ("bake again", "two", []), ("verify", "one", ["--verify"])):
             report = arguments.out / f"{name.replace(' ', '-')}.json"
-            command = [sys.executable, str(ROOT / "warmup.py"), "--model", str(model), "--shapes", str(menu),
-                       "--cache-root", str(work / root), "--report", str(report), *extra]  # fmt: skip
-            seconds[name] = _timed(command)
+            where = ["--model", str(model), "--shapes", str(menu), "--cache-root", str(work / root)]
+            seconds[name] = _timed([*WARMUP, *where, "--report", str(report), *extra])
             runs[name] = {shape["shape"]: shape for shape in json.loads(report.read_text())["shapes"]}
     result = {"machine": machine(), "layers": arguments.layers, "seconds": seconds, "runs": runs}
     (arguments.out / "report.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -2,15 +2,18 @@
 
 ``python -m tests.gpu.hot_menu --out DIR`` writes a random-weight checkpoint (the real model's dimensions), compiles
 every shape, starts the whole pool ahead on those caches, makes videos of every shape, and kills the weights process in
-the middle of a job. report.json is written anew after each part, so that a run that is cut short still reports.
+the middle of a job. report.json is written after each part, so that a run that is cut short still reports.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import hashlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,17 +23,18 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ltx2_pool.caches import manifest
-from ltx2_pool.processes.host import ProcessHost
-from ltx2_pool.processes.process import State, Timeouts
-from ltx2_pool.serving.capacity import MemoryCapacity
-from ltx2_pool.serving.pool import SubprocessPool
-from ltx2_pool.words import requests
+from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.processes.subprocesses import ProcessHost
+from ltx2_pool.serving.book import Book
+from ltx2_pool.serving.ledger import Ledger
+from ltx2_pool.serving.pool import Pool
+from ltx2_pool.words import device, requests
 from ltx2_pool.words.protocol import Ready
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
-from tests.gpu.bake_and_verify import ROOT, machine
+from ltx2_pool.words.shapes import Key, Menu, Shape
+from tests.gpu.bake_and_verify import machine
+from tests.paths import REPOSITORY
 
 PROMPT = "a paper lantern drifts over still water at dusk"
 TIMEOUTS = Timeouts(spawn=240, weights=240, generation=120, cancel=10, term=10)
@@ -43,6 +47,7 @@ class Run:
         self.recipe = Recipe(model_path=str(model))
         self.menu = menu
         self.caches = work / "cache"
+        self.scratch = work / "scratch"
         self.videos = work / "videos"
         self.videos.mkdir(parents=True)
         self.out = out
@@ -55,19 +60,21 @@ class Run:
         print(f"{time.monotonic() - self.began:7.1f} s  {what}", flush=True)
         (self.out / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
+    def host(self) -> ProcessHost:
+        return ProcessHost(self.recipe, self.caches, self.scratch, TIMEOUTS)
+
     async def compile_all(self) -> dict[Shape, Ready]:
         """A warm-up in a fresh process for each shape, some at a time: fills the caches and measures the memory."""
-        host = ProcessHost(self.recipe, TIMEOUTS)
+        host = self.host()
         await host.start()
         slots = asyncio.Semaphore(self.jobs)
         readies: dict[Shape, Ready] = {}
 
         async def one(shape: Shape) -> None:
             async with slots:
-                process = host.process(shape)
-                cache, warm_up = CacheDirs.of(self.caches, shape), requests.warm_up(self.menu, shape)
+                process = host.process(Key(shape))
                 try:
-                    readies[shape] = await host.start_process(process, cache, str(self.videos), warm_up)
+                    readies[shape] = await host.start_process(process, requests.warm_up(self.menu, shape))
                 finally:
                     process.kill()
                     await process.exited()
@@ -92,14 +99,16 @@ class Run:
         shape = self.menu.shapes[0]
         self.report["forks"] = []
         for _ in range(3):
-            process = host.process(shape)
+            process = host.process(Key(shape))
             began = time.monotonic()
-            ready = await host.start_process(process, CacheDirs.of(self.caches, shape), str(self.videos))
+            ready = await host.start_process(process, None)
             entry = {"fork_to_ready_s": time.monotonic() - began, "attach_s": ready.load_s, "videos_s": []}
             for _ in range(3):
+                job = self.job(shape)
+                output = self.videos / f"{job.id}.mp4"
+                output.touch()
                 began = time.monotonic()
-                process.reserve()
-                await process.generate(self.job(shape), lambda _: None)
+                await process.generate(job, output, lambda _: None)
                 entry["videos_s"].append(time.monotonic() - began)
             process.kill()
             await process.exited()
@@ -108,12 +117,20 @@ class Run:
 
     async def serve(self, readies: dict[Shape, Ready]) -> None:
         """The pool as a worker has it: every shape started ahead, K by memory."""
-        host = ProcessHost(self.recipe, TIMEOUTS)
-        capacity = MemoryCapacity(4 << 30, 1, {shape: ready.memory for shape, ready in readies.items()})
-        pool = SubprocessPool(
-            host, self.caches, self.videos, capacity=capacity, prewarm=self.menu.shapes, ready_min=1,
-            warm_up=lambda shape: requests.warm_up(self.menu, shape),
-        )  # fmt: skip
+        here, host = device.visible()[0], self.host()
+        keys = [Key(shape) for shape in self.menu.shapes]
+        ledger = Ledger({here.id: None})
+        for shape, ready in readies.items():
+            ledger.observe(Key(shape), ready.memory)
+        pool = Pool(
+            host,
+            Book(ledger, keys=keys, ahead=keys),
+            self.videos,
+            devices=(here,),
+            memory_reserve=4 << 30,
+            warm_up=functools.partial(requests.warm_up, self.menu),
+            ready_min=1,
+        )
         try:
             began = time.monotonic()
             await pool.start()
@@ -121,27 +138,22 @@ class Run:
             while _still_starting(pool, len(self.menu.shapes)):  # noqa: ASYNC110 - the state of many objects
                 await asyncio.sleep(0.1)
             self.report["all_hot_s"] = time.monotonic() - began
-            self.report["hot"] = [p["shape"] for p in pool.status()["processes"] if p["state"] == State.READY.value]
+            self.report["hot"] = [p["shape"] for p in pool.status()["processes"] if p["state"] == "ready"]
             self.note(f"{len(self.report['hot'])} of {len(self.menu.shapes)} shapes are hot at once")
-            for shape, process in list(pool._processes.items()):
-                assert process.ready is not None
-                self.report["shapes"][shape.key]["baked"] = process.ready.model_dump()
-            assert host.lender is not None
-            before = await host.lender.checksum()
+            assert host.weights is not None
+            before = await host.weights.checksum()
             for shape in self.menu.shapes:
                 if shape.key in self.report["hot"]:
                     await self.videos_of(pool, shape)
-            self.report["device_used_mib"] = _device_used()
-            self.report["weights_unchanged"] = await host.lender.checksum() == before
-            self.report["capacity"] = pool.status()["memory"]
-            self.note(
-                f"weights unchanged: {self.report['weights_unchanged']}; device: {self.report['device_used_mib']}"
-            )
+            self.report["device_free"] = here.free()
+            self.report["weights_unchanged"] = await host.weights.checksum() == before
+            self.report["status"] = pool.status()
+            self.note(f"weights unchanged: {self.report['weights_unchanged']}; free: {here.free() >> 20} MiB")
             await self.lose_weights(pool, host)
         finally:
             await pool.close()
 
-    async def videos_of(self, pool: SubprocessPool, shape: Shape) -> None:
+    async def videos_of(self, pool: Pool, shape: Shape) -> None:
         seconds, digests = [], set()
         for _ in range(3):
             began = time.monotonic()
@@ -150,16 +162,19 @@ class Run:
             data = video.path.read_bytes()
             digests.add(hashlib.sha256(data).hexdigest())
         (self.out / f"{shape.key}.mp4").write_bytes(data)
-        process = pool._processes[shape]
-        assert process.memory is not None
+        (memory,) = (p["memory"] for p in pool.status()["processes"] if p["shape"] == shape.key)
         steady = statistics.median(seconds[1:])
         self.report["shapes"][shape.key] |= {
-            "first_s": seconds[0], "steady_s": steady, "first_over_steady": seconds[0] / steady,
-            "same_bytes": len(digests) == 1, "memory": process.memory.model_dump(), "phases": video.phases,
-        }  # fmt: skip
+            "first_s": seconds[0],
+            "steady_s": steady,
+            "first_over_steady": seconds[0] / steady,
+            "same_bytes": len(digests) == 1,
+            "memory": memory,
+            "phases": video.phases,
+        }
         self.note(f"{shape.key}: first {seconds[0]:.2f} s, steady {steady:.2f} s")
 
-    async def lose_weights(self, pool: SubprocessPool, host: ProcessHost) -> None:
+    async def lose_weights(self, pool: Pool, host: ProcessHost) -> None:
         """SIGKILL the weights process in the middle of a job: the job must still be answered with the same video."""
         shape = self.menu.shapes[0]
         expected = (await pool.generate(self.job(shape), lambda _: None)).path.read_bytes()
@@ -169,9 +184,9 @@ class Run:
             nonlocal killed
             if not killed:
                 killed = True
-                assert host.lender is not None
-                assert host.lender._process is not None
-                host.lender._process.kill()
+                weights = host.pids["weights"]
+                assert weights is not None
+                os.kill(weights, signal.SIGKILL)
 
         began = time.monotonic()
         video = await pool.generate(self.job(shape), kill)
@@ -186,17 +201,9 @@ class Run:
         return Job(uuid.uuid4().hex, shape, PROMPT, menu.seed, menu.steps, menu.guidance, menu.fps)
 
 
-def _still_starting(pool: SubprocessPool, shapes: int) -> bool:
+def _still_starting(pool: Pool, shapes: int) -> bool:
     states = [process["state"] for process in pool.status()["processes"]]
-    return states.count("ready") < shapes and "spawning" in states
-
-
-def _device_used() -> str:
-    try:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "no GPU"
+    return states.count("ready") < shapes and not {"loading", "spawning"}.isdisjoint(states)
 
 
 def main() -> int:
@@ -208,7 +215,9 @@ def main() -> int:
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"), help="where it goes [%(default)s]")
     parser.add_argument("--layers", type=int, default=16, help="transformer layers [%(default)s; the real model: 48]")
     parser.add_argument("--gemma-layers", type=int, default=8, help="[%(default)s; the real model: 48]")
-    parser.add_argument("--shapes", type=Path, default=ROOT / "shapes.yaml", metavar="FILE", help="menu [shapes.yaml]")
+    parser.add_argument(
+        "--shapes", type=Path, default=REPOSITORY / "shapes.yaml", metavar="FILE", help="menu [shapes.yaml]"
+    )
     parser.add_argument("--jobs", type=int, default=4, help="shapes that compile at once [%(default)s]")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -220,7 +229,7 @@ def main() -> int:
             subprocess.run([sys.executable, "-m", "ltx2_pool.tools.tiny", str(model), *size], check=True)
         run = Run(model, Menu.load(arguments.shapes), Path(scratch), arguments.out, arguments.jobs)
         run.report["layers"] = arguments.layers
-        run.report["device"] = manifest.device()
+        run.report["device"] = device.visible()[0].name
         run.note("the checkpoint is there")
 
         async def everything() -> None:

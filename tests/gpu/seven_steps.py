@@ -1,9 +1,9 @@
 """The seven validation steps of the first systems on this machine's GPU, through the real Dynamo frontend.
 
 ``python -m tests.gpu.seven_steps --model DIR --out DIR`` bakes the first shapes of the menu, proves the bake, starts
-the frontend and the worker on it with K=2, and goes through the steps; then it starts the worker anew with every baked
-shape hot and puts load on it. report.json, report.md and contact-sheet.png go to --out; the JSON is written anew after
-each step, so that a run that is cut short still reports.
+the frontend and the worker on it with K=2, and goes through the steps; then it starts the worker again with every baked
+shape hot and puts load on it. report.json, report.md and contact-sheet.png go to --out; the JSON is written after each
+step, so that a run that is cut short still reports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ from ltx2_pool.tools import contactsheet
 from ltx2_pool.tools.stack import Stack, StackError
 from ltx2_pool.words.requests import MAX_SEED
 from ltx2_pool.words.shapes import Menu, Shape
-from tests.e2e.conftest import ask, pids
-from tests.gpu.bake_and_verify import ROOT, machine
+from tests.e2e.conftest import BENCHMARK, WARMUP, ask, pids, wait
+from tests.gpu.bake_and_verify import machine
+from tests.paths import REPOSITORY
 
 PROBLEM = (AssertionError, OSError, ValueError, KeyError, subprocess.SubprocessError, StackError, httpx.HTTPError)
 
@@ -71,17 +72,16 @@ class Run:
 
     def bake(self, jobs: int) -> None:
         """Bake the shapes, and prove it."""
-        command = [sys.executable, str(ROOT / "warmup.py"), "--model", str(self.model), "--shapes", str(self.menu_file),
-                   "--cache-root", str(self.cache_root)]  # fmt: skip
+        where = ["--model", str(self.model), "--shapes", str(self.menu_file), "--cache-root", str(self.cache_root)]
         for name, extra in (("bake", []), ("verify", ["--verify"])):
             with self.step(name) as entry:
                 report = self.logs / f"{name}.json"
-                subprocess.run([*command, "--jobs", str(jobs), "--report", str(report), *extra], check=True,
-                               timeout=1800)  # fmt: skip
+                command = [*WARMUP, *where, "--jobs", str(jobs), "--report", str(report), *extra]
+                subprocess.run(command, check=True, timeout=1800)
                 entry["shapes"] = json.loads(report.read_text())["shapes"]
 
     def stack(self, name: str, **options: str) -> Stack:
-        program = ROOT / "tests" / "e2e" / "lenient_worker.py"
+        program = (sys.executable, str(REPOSITORY / "tests" / "e2e" / "lenient_worker.py"))
         options.setdefault("LTX2_CACHE_POLICY", "strict")
         return Stack(self.logs / name, self.model, self.menu_file, self.cache_root, program=program, **options)
 
@@ -116,7 +116,7 @@ class Run:
                 before = pids(running)
                 with ThreadPoolExecutor(1) as other:
                     cold = other.submit(self.video, running, c, "4 third shape")
-                    _wait(lambda: pids(running).keys() == {a.key, c.key})
+                    wait(lambda: pids(running).keys() == {a.key, c.key})
                     _, entry["hot_meanwhile_s"] = self.video(running, a, "4 hot meanwhile")
                     entry["cold_was_done"] = cold.done()
                     entry["cold_s"] = cold.result()[1]
@@ -132,7 +132,7 @@ class Run:
             with self.step("6 kill -9 in the middle of a job, then respawn: the client gets its video") as entry:
                 with ThreadPoolExecutor(1) as other:
                     job = other.submit(self.video, running, a, "6 killed and made again")
-                    _wait(lambda: any(p["state"] == "busy" for p in running.status()["processes"]))
+                    wait(lambda: "generating" in [p["state"] for p in running.status()["processes"]])
                     os.kill(before[a.key], signal.SIGKILL)
                     again, entry["seconds_with_respawn"] = job.result()
                 assert again == first
@@ -144,7 +144,7 @@ class Run:
         with self.step("7 LTX2_POOL_MODE unset") as entry, self.stack("plain") as running:
             _, entry["compiling_s"] = self.video(running, a, "7 in-process")
             entry["hot_s"] = self.video(running, a, "7 in-process")[1]
-            assert running.status()["processes"] == []
+            assert set(pids(running).values()) == {running.worker.pid}
 
     def all_hot(self) -> None:
         """Every baked shape hot: the first customer's video against the next ones, then load."""
@@ -156,19 +156,19 @@ class Run:
                     made = [self.video(running, shape, "hot") for _ in range(3)]
                     steady = statistics.median(seconds for _, seconds in made[1:])
                     entry[shape.key] = {
-                        "first_s": made[0][1], "steady_s": steady, "first_over_steady": made[0][1] / steady,
+                        "first_s": made[0][1],
+                        "steady_s": steady,
+                        "first_over_steady": made[0][1] / steady,
                         "same_bytes": len({hashlib.sha256(data).digest() for data, _ in made}) == 1,
-                    }  # fmt: skip
+                    }
                 assert pids(running) == before
                 entry["status"] = running.status()
-            with self.step("load: benchmark.py load") as entry:
-                subprocess.run(
-                    [sys.executable, str(ROOT / "benchmark.py"), "load", "--url",
-                     f"http://127.0.0.1:{running.http_port}", "--status-url", f"http://127.0.0.1:{running.system_port}",
-                     "--shapes", str(self.menu_file), "--concurrency", "1,2,4", "--num-prompts", "12",
-                     "--warm-up", "0", "--out", str(self.out / "load")],
-                    check=True, timeout=900,
-                )  # fmt: skip
+            with self.step("load: ltx2-benchmark load") as entry:
+                urls = {"--url": running.http_port, "--status-url": running.system_port}
+                where = [part for name, port in urls.items() for part in (name, f"http://127.0.0.1:{port}")]
+                what = ["--concurrency", "1,2,4", "--num-prompts", "12", "--warm-up", "0"]
+                command = [*BENCHMARK, "load", *where, "--shapes", str(self.menu_file), *what]
+                subprocess.run([*command, "--out", str(self.out / "load")], check=True, timeout=900)
                 entry["levels"] = json.loads((self.out / "load" / "summary.json").read_text())["levels"]
 
     def finish(self) -> bool:
@@ -190,18 +190,13 @@ class Run:
         return all(entry["ok"] for entry in self.report["steps"])
 
 
-def _wait(condition: Callable[[], bool], timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.seven_steps", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint (Diffusers layout)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the reports and pictures go")
-    parser.add_argument("--shapes", type=Path, default=ROOT / "shapes.yaml", metavar="FILE", help="menu [shapes.yaml]")
+    parser.add_argument(
+        "--shapes", type=Path, default=REPOSITORY / "shapes.yaml", metavar="FILE", help="menu [shapes.yaml]"
+    )
     parser.add_argument(
         "--number", type=int, default=3, metavar="N", help="shapes of the menu, at least 3 [%(default)s]"
     )
