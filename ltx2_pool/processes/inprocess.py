@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +112,10 @@ class InProcessHost(Host):
         return time.monotonic() - began
 
     def _build(self) -> Generator:
-        from ltx2_pool.model import engine
+        with _own_logging():
+            from ltx2_pool.model import engine
 
-        return engine.build_generator(self._recipe)
+            return engine.build_generator(self._recipe)
 
     @property
     def broken(self) -> str | None:
@@ -286,6 +287,17 @@ class InProcess(Process):
         except TimeoutError:
             self._host.mark_broken(f"a job of {self.key} did not stop within {self._host.timeouts.cancel:g} s")
         return 0
+
+
+@contextlib.contextmanager
+def _own_logging() -> Iterator[None]:
+    """What FastVideo imports puts the root logger's handlers aside: the worker's lines would be lost from then on."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    try:
+        yield
+    finally:
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
 
 
 def _look(task: asyncio.Task[Any]) -> None:
