@@ -1,17 +1,18 @@
 """How a loan reaches its borrower: over a socket of its own, and nobody waits for anybody.
 
-A borrower makes a socket pair and sends one end over the desk, a socket that it inherited. The answer is a descriptor
-of the shared memory, then one frame of bytes (:mod:`ltx2_pool.words.protocol`).
+A borrower makes a socket pair and sends one end over the desk, a socket that it inherited. The answer is the
+descriptors of the shared memory, then one frame of bytes (:mod:`ltx2_pool.words.protocol`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
 from ltx2_pool.words import protocol
@@ -20,10 +21,15 @@ SEND_TIMEOUT = 10.0
 """Seconds that a borrower has to take its answer."""
 MAX_DELIVERIES = 64
 """Answers under way at a time; more borrowers than that are not honest ones, and the oldest is dropped."""
+MAX_DESCRIPTORS = 253
+"""In one message (SCM_MAX_FD, linux/net/scm.h)."""
 
 
-def ask(desk: socket.socket) -> tuple[bytes, int]:
-    """Ask for a loan: the bytes, and a descriptor of the memory. Raises EOFError when there is no lender."""
+def ask(desk: socket.socket) -> tuple[bytes, list[int]]:
+    """Ask for a loan: the bytes, and descriptors of the memory, which the caller closes.
+
+    Raises EOFError when there is no lender, and OSError when this process cannot take the descriptors.
+    """
     mine, theirs = socket.socketpair()
     with mine:
         with theirs:
@@ -32,33 +38,37 @@ def ask(desk: socket.socket) -> tuple[bytes, int]:
             except OSError as error:
                 raise EOFError(f"the weights process is gone ({error})") from error
         try:
-            said, descriptors, _, _ = socket.recv_fds(mine, 1, 1)
+            said, descriptors, flags, _ = socket.recv_fds(mine, 1, MAX_DESCRIPTORS)
         except ConnectionError:
-            said, descriptors = b"", []
+            said, descriptors, flags = b"", [], 0
         if not said:
             raise EOFError("the weights process is gone")
-        if not descriptors:
-            raise OSError("no descriptor is left for the lent memory")
         try:
-            with Connection(mine.detach()) as frame:
-                return frame.recv_bytes(), descriptors[0]
-        except (EOFError, OSError) as error:
-            os.close(descriptors[0])
-            raise EOFError(f"the weights process broke off its answer ({error})") from error
+            if flags & socket.MSG_CTRUNC or not descriptors:
+                raise OSError(errno.EMFILE, "no descriptor is left for the lent memory")
+            try:
+                with Connection(mine.detach()) as frame:
+                    return frame.recv_bytes(), descriptors
+            except (EOFError, OSError) as error:
+                raise EOFError(f"the weights process broke off its answer ({error})") from error
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
 
 
 class Desk:
     """The lender's end: answers each borrower as fast as that one reads.
 
-    `answer` gives the bytes and the descriptor for one borrower. The owner calls `serve` whenever `selector` tells of a
-    key whose data is this desk, and waits no longer than `patience`.
+    `answer` gives the bytes and the descriptors for one borrower. The owner calls `serve` whenever `selector` tells of
+    a key whose data is this desk, and waits no longer than `patience`.
     """
 
     def __init__(
         self,
         desk: socket.socket,
         selector: selectors.BaseSelector,
-        answer: Callable[[], tuple[bytes, int]],
+        answer: Callable[[], tuple[bytes, Sequence[int]]],
         timeout: float = SEND_TIMEOUT,
     ) -> None:
         self._desk = desk
@@ -138,17 +148,17 @@ class Desk:
 class _Delivery:
     """What one borrower has still to take, and until when."""
 
-    def __init__(self, blob: bytes, memory: int, deadline: float) -> None:
+    def __init__(self, blob: bytes, descriptors: Sequence[int], deadline: float) -> None:
         self._parts = [memoryview(protocol.HEADER.pack(len(blob))), memoryview(blob)]
-        self._memory: int | None = memory
+        self._descriptors: list[int] | None = list(descriptors)
         self.deadline = deadline
 
     def go_on(self, borrower: socket.socket) -> bool:
         """Send what it takes now. True when it has everything. Raises OSError when it is gone."""
         try:
-            if self._memory is not None:
-                socket.send_fds(borrower, [b"\0"], [self._memory], socket.MSG_NOSIGNAL)
-                self._memory = None
+            if self._descriptors is not None:
+                socket.send_fds(borrower, [b"\0"], self._descriptors, socket.MSG_NOSIGNAL)
+                self._descriptors = None
             while self._parts:
                 sent = borrower.send(self._parts[0], socket.MSG_NOSIGNAL)
                 self._parts[0] = self._parts[0][sent:]
@@ -156,4 +166,9 @@ class _Delivery:
                     del self._parts[0]
         except BlockingIOError:
             return False
+        except OSError as error:
+            # As many descriptors are on their way to others as may be (unix(7)): those take them, or are dropped.
+            if error.errno == errno.ETOOMANYREFS:
+                return False
+            raise
         return True

@@ -1,8 +1,9 @@
 """The weights process: loads LTX-2 once and lends its modules to shape processes, which then read no checkpoint.
 
-What is lent (:mod:`ltx2_pool.model.lending` says how) are the pickled modules, in which tensors are handles: CUDA IPC
-handles for device memory (torch/multiprocessing/reductions.py), offsets in a sealed memory file for main memory. Only
-inherited descriptors are read, so the pickle is our own.
+What is lent (:mod:`ltx2_pool.model.lending` says how) are the pickled modules, in which tensors are offsets: in a
+sealed memory file for main memory, in memory that borrowers map read-only (:mod:`ltx2_pool.model.vmm`) for a device's.
+Where a driver has no such mappings, tensors of a device are CUDA IPC handles (torch/multiprocessing/reductions.py).
+Only inherited descriptors are read, so the pickle is our own.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import os
 import pickle
 import selectors
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 import torch.multiprocessing  # registers the reductions of CUDA tensors
 
-from ltx2_pool.model import engine, lending
+from ltx2_pool.model import engine, lending, vmm
 from ltx2_pool.words import protocol
 from ltx2_pool.words.protocol import Broken, Checked, Checksum, Lend, Lending
 
@@ -33,12 +35,28 @@ _ALIGNMENT = 64
 
 
 def borrow(desk: socket.socket) -> dict[str, Any]:
-    """Attach the lent modules, by their name in model_index.json. Raises EOFError when the weights process is gone."""
-    blob, memory = lending.ask(desk)
+    """Attach the lent modules, by their name in model_index.json.
+
+    Raises EOFError when the weights process is gone, OSError and vmm.DeviceMemoryError when there is no room for them.
+    """
+    blob, descriptors = lending.ask(desk)
     try:
-        modules: dict[str, Any] = _Unpickler(io.BytesIO(blob), memory).load()
+        return attach(blob, descriptors)
     finally:
-        os.close(memory)  # a mapping outlives it
+        for descriptor in descriptors:  # a mapping outlives them
+            os.close(descriptor)
+
+
+def attach(blob: bytes, descriptors: Sequence[int]) -> dict[str, Any]:
+    """The modules of a :class:`Loan`, from its answer. Raises OSError and vmm.DeviceMemoryError."""
+    file, *chunks = descriptors
+    buffer = io.BytesIO(blob)
+    where: tuple[str, list[int]] | None = pickle.load(buffer)
+    device, base = None, 0
+    if where is not None:
+        device = torch.device(where[0])
+        base = vmm.attach(device, chunks, where[1])
+    modules: dict[str, Any] = _Unpickler(buffer, file, device, base).load()
     return modules
 
 
@@ -64,7 +82,7 @@ class WeightsServer:
                 import_s=imported - self._started,
                 load_s=time.monotonic() - imported,
                 bytes=loan.bytes,
-                overhead=engine.memory(loan.bytes).resident if engine.device_total() else 0,
+                overhead=loan.overhead,
             )
         )
         with selectors.DefaultSelector() as selector:
@@ -89,42 +107,84 @@ class WeightsServer:
 
 
 class Loan:
-    """Modules in a form that other processes can attach. Nobody can change those in main memory: their file is sealed.
+    """Modules in a form that other processes can attach, and cannot change.
 
-    CUDA IPC memory cannot be sealed; the pipelines do not write to weights, and the tests compare digests.
+    Main memory is a file that is sealed. Memory of a device is moved to `vmm.DeviceMemory`, which borrowers map
+    read-only; `device` says which, where the modules do not. Where that is not supported they could write to it, and a
+    line on stderr says so: the pipelines do not write to weights. Raises OSError and vmm.DeviceMemoryError.
     """
 
-    def __init__(self, modules: Mapping[str, Any]) -> None:
+    def __init__(self, modules: Mapping[str, Any], device: torch.device | None = None) -> None:
         self.bytes = sum(storage.nbytes() for storage in engine.storages(modules))
-        on_device = any(storage.device.type == "cuda" for storage in engine.storages(modules))
-        self._memory = _MemoryFile()
-        blob = self._pickle(modules)
-        self._memory.seal()
-        self._modules = dict(modules) if on_device else None
-        # Device memory must stay allocated, and its handles are good for one borrower each. Main memory is in the file.
-        self._blob = None if on_device else blob
+        reserved = torch.cuda.memory_reserved() if engine.device_total() else 0
+        context = engine.memory(reserved).resident if engine.device_total() else 0
+        self._file = _MemoryFile()
+        self._device = _device_memory(modules, device)
+        body = self._pickle(modules)
+        self._file.seal()
+        self._modules: dict[str, Any] | None = None
+        self._blob: bytes | None = None
+        if self._device is not None:
+            self._device.seal()
+            where = str(self._device.device), self._device.sizes
+            self._blob = pickle.dumps(where) + body
+        elif _devices(modules):
+            # They must stay allocated, and CUDA IPC handles are good for one borrower each.
+            self._modules = dict(modules)
+        else:
+            self._blob = pickle.dumps(None) + body
         del modules
         gc.collect()
         engine.trim_memory()
+        self.overhead = 0
+        """Bytes of device memory that this process has besides what it lends."""
+        if engine.device_total():
+            mapped = sum(self._device.sizes) if self._device is not None else 0
+            self.overhead = max(0, context + torch.cuda.memory_reserved() + mapped - self.bytes)
 
-    def answer(self) -> tuple[bytes, int]:
-        """What one borrower gets: the pickled modules, and the descriptor of the file."""
-        blob = self._blob if self._modules is None else self._pickle(self._modules)
-        assert blob is not None
-        return blob, self._memory.fd
+    def answer(self) -> tuple[bytes, list[int]]:
+        """What one borrower gets: the pickled modules, and the descriptors of the file and of the device's memory."""
+        blob = self._blob
+        if blob is None:
+            assert self._modules is not None
+            blob = pickle.dumps(None) + self._pickle(self._modules)
+        return blob, [self._file.fd, *(self._device.descriptors if self._device is not None else [])]
 
     def digest(self) -> str:
         """A checksum of all that is lent."""
         modules = self._modules
         if modules is None:
             assert self._blob is not None
-            modules = _Unpickler(io.BytesIO(self._blob), self._memory.fd).load()
-        return engine.digest(modules)
+            buffer = io.BytesIO(self._blob)
+            pickle.load(buffer)
+            device, base = (None, 0) if self._device is None else (self._device.device, self._device.base)
+            modules = _Unpickler(buffer, self._file.fd, device, base).load()
+        digest = engine.digest(modules)
+        engine.trim_memory()  # gigabytes, on a device
+        return digest
 
     def _pickle(self, modules: Mapping[str, Any]) -> bytes:
         buffer = io.BytesIO()
-        _Pickler(buffer, self._memory).dump(dict(modules))
+        _Pickler(buffer, self._file, self._device).dump(dict(modules))
         return buffer.getvalue()
+
+
+def _devices(modules: Mapping[str, Any]) -> set[torch.device]:
+    return {storage.device for storage in engine.storages(modules) if storage.device.type == "cuda"}
+
+
+def _device_memory(modules: Mapping[str, Any], device: torch.device | None) -> vmm.DeviceMemory | None:
+    """Memory to lend what the modules have on their device; None when they are on none, or it cannot be read-only."""
+    devices = _devices(modules) if device is None else {device}
+    if not devices:
+        return None
+    device = next(iter(devices))
+    why = "they are on several devices" if len(devices) > 1 else vmm.obstacle(device)
+    if why is not None:
+        print(f"the weights are lent by CUDA IPC, writable for every borrower: {why}", file=sys.stderr, flush=True)
+        return None
+    expected = sum(storage.nbytes() for storage in engine.storages(modules) if storage.device == device)
+    return vmm.DeviceMemory(device, expected)
 
 
 class _MemoryFile:
@@ -157,34 +217,57 @@ class _MemoryFile:
 
 
 class _Pickler(ForkingPickler):
-    """Device memory becomes IPC handles (torch's own reductions), main memory offsets in the file."""
+    """Main memory becomes offsets in the file, a device's in its own, or without that IPC handles (torch's own)."""
 
-    def __init__(self, buffer: io.BytesIO, memory: _MemoryFile) -> None:
+    def __init__(self, buffer: io.BytesIO, file: _MemoryFile, device: vmm.DeviceMemory | None) -> None:
         super().__init__(buffer)
-        self._memory = memory
+        self._file = file
+        self._device = device
 
     def persistent_id(self, obj: object) -> object:
         if isinstance(obj, torch.storage.TypedStorage):
             storage = obj._untyped_storage  # its public methods warn that the class will go
+            size = storage.nbytes()  # before it is put, which may empty it
+            if self._device is not None and storage.device == self._device.device:
+                return obj.dtype, True, self._device.put(storage), size
             if storage.device.type == "cpu":
-                return obj.dtype, self._memory.put(storage), storage.nbytes()
+                return obj.dtype, False, self._file.put(storage), size
         return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Tensors that are not to become IPC handles are pickled as torch.save does it: by `persistent_id`."""
+        if self._device is None or type(obj) not in (torch.Tensor, torch.nn.Parameter):
+            return NotImplemented
+        return obj.__reduce_ex__(2) if obj.device == self._device.device else NotImplemented
 
 
 class _Unpickler(pickle.Unpickler):
-    """Attaches: pages of the file are mapped privately, so a write would be seen by the writer alone."""
+    """Attaches: pages of the file are mapped privately, so a write would be seen by the writer alone.
 
-    def __init__(self, buffer: io.BytesIO, memory: int) -> None:
+    `base` is where memory of `device` is mapped.
+    """
+
+    def __init__(self, buffer: io.BytesIO, file: int, device: torch.device | None, base: int) -> None:
         super().__init__(buffer)
-        self._mapping = mmap.mmap(memory, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._mapping = mmap.mmap(file, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self._device = device
+        self._base = base
+        self._storages: dict[tuple[bool, int], torch.UntypedStorage] = {}
 
     def persistent_load(self, pid: Any) -> torch.storage.TypedStorage:
-        dtype, offset, nbytes = pid
-        if nbytes == 0:
-            storage = torch.UntypedStorage(0)
-        elif (storage := self._storages.get(offset)) is None:
-            # A storage of its own for each: its size and offset are part of the compile keys.
-            octets = torch.frombuffer(self._mapping, dtype=torch.uint8, count=nbytes, offset=offset)
-            storage = self._storages[offset] = octets.untyped_storage()
+        dtype, on_device, offset, size = pid
+        # A storage of its own for each: its size and offset are part of the compile keys.
+        storage = self._storages.get((on_device, offset)) if size else None
+        if storage is None:
+            storage = self._map(on_device, offset, size)
+            if size:
+                self._storages[on_device, offset] = storage
         return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+    def _map(self, on_device: bool, offset: int, size: int) -> torch.UntypedStorage:
+        if not size:
+            return torch.UntypedStorage(0, device=self._device if on_device else "cpu")
+        if on_device:
+            assert self._device is not None
+            return vmm.storage_at(self._base + offset, size, self._device)
+        return torch.frombuffer(self._mapping, dtype=torch.uint8, count=size, offset=offset).untyped_storage()

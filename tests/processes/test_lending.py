@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import resource
 import selectors
 import socket
 import threading
@@ -19,15 +22,16 @@ BLOB = os.urandom(4 << 20)
 class Lender:
     """Lends `BLOB` from a thread of its own, as the weights process does from its only one."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, descriptors: int) -> None:
         self.desk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._theirs = theirs
-        self._memory = os.memfd_create("lent")
-        os.write(self._memory, b"weights")
+        self.memory = [os.memfd_create("lent") for _ in range(descriptors)]
+        for memory in self.memory:
+            os.write(memory, b"weights")
         self._stop, self._stopped = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stopped, selectors.EVENT_READ)
-        self._lender = lending.Desk(theirs, self._selector, lambda: (BLOB, self._memory), timeout)
+        self._lender = lending.Desk(theirs, self._selector, lambda: (BLOB, self.memory), timeout)
         self.rounds = 0
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -49,15 +53,16 @@ class Lender:
         self._selector.close()
         for one in (self.desk, self._theirs, self._stopped):
             one.close()
-        os.close(self._memory)
+        for memory in self.memory:
+            os.close(memory)
 
 
 @pytest.fixture
 def lend() -> Iterator[Callable[[float], Lender]]:
     lenders: list[Lender] = []
 
-    def make(timeout: float = 30) -> Lender:
-        lenders.append(Lender(timeout))
+    def make(timeout: float = 30, descriptors: int = 1) -> Lender:
+        lenders.append(Lender(timeout, descriptors))
         return lenders[-1]
 
     yield make
@@ -75,10 +80,11 @@ def stand_at(desk: socket.socket) -> socket.socket:
 
 
 def borrow(desk: socket.socket) -> None:
-    blob, memory = lending.ask(desk)
+    blob, descriptors = lending.ask(desk)
     assert blob == BLOB
-    assert os.pread(memory, 7, 0) == b"weights"
-    os.close(memory)
+    for memory in descriptors:
+        assert os.pread(memory, 7, 0) == b"weights"
+        os.close(memory)
 
 
 def rest(borrower: socket.socket) -> int:
@@ -105,7 +111,7 @@ def test_a_borrower_that_does_not_read_is_dropped_in_time(lend: Callable[..., Le
     lender = lend(0.1)
     with stand_at(lender.desk) as stopped:
         deadline = time.monotonic() + 20
-        while len(lender._lender._deliveries) or not lender.rounds > 1:
+        while not lender.rounds > 1 or len(lender._lender._deliveries):  # in this order: it may be admitted in between
             assert time.monotonic() < deadline
         assert rest(stopped) < len(BLOB)
     borrow(lender.desk)
@@ -157,8 +163,9 @@ def test_a_desk_that_nobody_stands_at_any_more_costs_no_time(lend: Callable[...,
     borrow(lender.desk)
     lender.desk.close()
     deadline = time.monotonic() + 20
-    while lender._lender._desk in {key.fileobj for key in list(lender._selector.get_map().values())}:
-        assert time.monotonic() < deadline
+    with contextlib.suppress(KeyError):
+        while lender._selector.get_key(lender._lender._desk):
+            assert time.monotonic() < deadline
 
 
 def test_without_a_lender_a_borrower_is_told() -> None:
@@ -175,3 +182,46 @@ def test_a_lender_that_ends_with_the_request_unread_is_told() -> None:
     with desk, pytest.raises(EOFError, match="is gone"):
         lending.ask(desk)
     thread.join()
+
+
+def test_as_many_descriptors_as_a_message_takes(lend: Callable[..., Lender]) -> None:
+    lender = lend(descriptors=lending.MAX_DESCRIPTORS)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    blob, descriptors = lending.ask(lender.desk)
+    assert (blob, len(descriptors)) == (BLOB, lending.MAX_DESCRIPTORS)
+    for memory in descriptors:
+        assert os.pread(memory, 7, 0) == b"weights"
+        os.close(memory)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # noqa: PTH208 - the lender may not have closed its end yet
+
+
+def test_a_borrower_without_room_for_the_descriptors_is_told(lend: Callable[..., Lender]) -> None:
+    lender = lend(descriptors=200)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + 100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="no descriptor is left"):
+            lending.ask(lender.desk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    borrow(lender.desk)
+    assert len(os.listdir("/proc/self/fd")) <= len(before) + 1  # noqa: PTH208
+
+
+def test_descriptors_that_cannot_be_under_way_yet_are_sent_later(
+    lend: Callable[..., Lender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lender = lend()
+    send_fds, refusals = socket.send_fds, 3
+
+    def refuse(one: socket.socket, data: list[bytes], descriptors: list[int], *rest: int) -> int:
+        nonlocal refusals
+        if data == [b"\0"] and refusals:
+            refusals -= 1
+            raise OSError(errno.ETOOMANYREFS, "too many references")
+        return send_fds(one, data, descriptors, *rest)
+
+    monkeypatch.setattr(socket, "send_fds", refuse)
+    borrow(lender.desk)
+    assert not refusals
