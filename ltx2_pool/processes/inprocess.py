@@ -91,18 +91,25 @@ class InProcessHost(Host):
         if self.generator is None:
             if self._loading is None or self._loading.done():
                 self._loading = asyncio.create_task(self._load())
+            ended = asyncio.create_task(process.exited())
             try:
-                seconds = await asyncio.wait_for(asyncio.shield(self._loading), self.timeouts.weights)
-            except TimeoutError:
-                self.mark_broken(f"the checkpoint was not loaded within {self.timeouts.weights:g} s")
-                raise ProcessLost(NAME, "spawn_timeout", self._broken or "") from None
-            except Exception as error:
+                await asyncio.wait(
+                    {self._loading, ended}, timeout=self.timeouts.weights, return_when=asyncio.FIRST_COMPLETED
+                )
+            finally:
+                ended.cancel()
+            if not self._loading.done() and process.alive:
                 process.kill()
-                raise ProcessLost(NAME, "spawn_eof", f"could not start: {type(error).__name__}: {error}") from error
-        else:
-            seconds = 0.0
+                self.mark_broken(f"the checkpoint was not loaded within {self.timeouts.weights:g} s")
+                raise ProcessLost(NAME, "spawn_timeout", self._broken or "")
         if not process.alive:
             raise ProcessLost(NAME, "killed", "was told to end while it started")
+        seconds = 0.0
+        if self._loading is not None and (error := self._loading.exception()) is not None:
+            process.kill()
+            raise ProcessLost(NAME, "spawn_eof", f"could not start: {type(error).__name__}: {error}") from error
+        elif self._loading is not None:
+            seconds = self._loading.result()
         return Ready(import_s=0, load_s=seconds, memory=_NO_MEMORY)
 
     async def _load(self) -> float:
@@ -151,6 +158,9 @@ class InProcess(Process):
         """The job in work is to stop before its next step."""
         self._why: Reason | None = None
         self._ended = asyncio.Event()
+        self._overdue = asyncio.Event()
+        """The job in work was told to stop, and has not."""
+        self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -175,6 +185,7 @@ class InProcess(Process):
             raise ProcessLost(NAME, self._why or "killed", self._host.broken or "has been told to end")
         self._job = job
         self._stop.clear()
+        self._overdue.clear()
         self._idle.clear()
         began = False
         loop = asyncio.get_running_loop()
@@ -189,17 +200,21 @@ class InProcess(Process):
             loop.call_soon_threadsafe(deliver, event)
 
         making = asyncio.create_task(self._host.in_thread(self._make, job, output, tell))
-        making.add_done_callback(lambda _: self._idle.set())
+        overdue = asyncio.create_task(self._overdue.wait())
         try:
-            done: Done = await asyncio.wait_for(asyncio.shield(making), self._host.timeouts.generation)
-        except TimeoutError:
-            self._host.mark_broken(f"a generation took over {self._host.timeouts.generation:g} s")
-            self._end("gen_timeout")
-            making.add_done_callback(_look)
-            raise ProcessLost(NAME, "gen_timeout", self._host.broken or "", began=began) from None
+            await asyncio.wait(
+                {making, overdue}, timeout=self._host.timeouts.generation, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not making.done():
+                reason: Reason = "cancel_timeout" if overdue.done() else "gen_timeout"
+                limit = self._host.timeouts.cancel if overdue.done() else self._host.timeouts.generation
+                what = "a job did not stop within" if overdue.done() else "a generation took over"
+                self._host.mark_broken(f"{what} {limit:g} s")
+                self._end(reason)
+                raise ProcessLost(NAME, self._why or reason, self._host.broken or "", began=began)
+            done: Done = making.result()
         except asyncio.CancelledError:
             self._end("killed")
-            making.add_done_callback(_look)
             raise
         except JobFailed as failed:
             if not self.alive:
@@ -209,7 +224,14 @@ class InProcess(Process):
             self._end(lost.reason)
             raise
         finally:
+            making.add_done_callback(_look)
+            making.cancel()  # of the wait: a thread cannot be
+            overdue.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
             self._job = None
+            self._idle.set()
         self.jobs_done += 1
         return done
 
@@ -261,9 +283,15 @@ class InProcess(Process):
         )
 
     def cancel(self, job: Job) -> None:
-        """As :meth:`ltx2_pool.processes.host.Process.cancel`, except that nothing can be done if it does not stop."""
+        """As :meth:`ltx2_pool.processes.host.Process.cancel`; a job that does not stop in time breaks the host."""
         if self._job is job:
-            self._stop.set()
+            self._tell_to_stop()
+
+    def _tell_to_stop(self) -> None:
+        self._stop.set()
+        if self._job is not None and self._timer is None:
+            grace = self._host.timeouts.cancel
+            self._timer = asyncio.get_running_loop().call_later(grace, self._overdue.set)
 
     def kill(self, why: Reason | None = None) -> None:
         """As :meth:`ltx2_pool.processes.host.Process.kill`: the job in it stops before its next step."""
@@ -271,7 +299,7 @@ class InProcess(Process):
 
     def _end(self, why: Reason) -> None:
         self._why = self._why or why
-        self._stop.set()
+        self._tell_to_stop()
         self._ended.set()
 
     async def stop(self) -> None:
@@ -282,10 +310,7 @@ class InProcess(Process):
     async def exited(self) -> int:
         """As :meth:`ltx2_pool.processes.host.Process.exited`; a job that does not stop in time breaks the host."""
         await self._ended.wait()
-        try:
-            await asyncio.wait_for(self._idle.wait(), self._host.timeouts.cancel)
-        except TimeoutError:
-            self._host.mark_broken(f"a job of {self.key} did not stop within {self._host.timeouts.cancel:g} s")
+        await self._idle.wait()  # `generate` bounds the time
         return 0
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -214,6 +215,8 @@ class ProcessHost(Host):
         if not self._replace:
             logger.error("the compile cache of %s is damaged: %s", key, advice)
             return
+        if (superseded := self._replaced.get(key)) is not None:
+            shutil.rmtree(superseded.root, ignore_errors=True)
         cache = CacheDirs(self._scratch / "caches" / f"{key.shape.key}-{next(self._numbers)}")
         with contextlib.suppress(OSError):
             # A process makes what is missing; that this failed it will say itself.

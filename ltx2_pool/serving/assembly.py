@@ -12,10 +12,11 @@ from ltx2_pool.processes.host import Host
 from ltx2_pool.processes.inprocess import InProcessHost
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.subprocesses import ProcessHost
-from ltx2_pool.serving.book import Book, Limits
+from ltx2_pool.serving.book import Book
 from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.pool import Pool
+from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words import requests
 from ltx2_pool.words.device import Device
 from ltx2_pool.words.protocol import Memory

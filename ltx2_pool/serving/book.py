@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ltx2_pool.serving.breaker import THRESHOLD, Pauses, Starts
+from ltx2_pool.serving.breaker import Pauses, Starts
 from ltx2_pool.serving.ledger import Ledger, Phase, Reservation
-from ltx2_pool.serving.schedule import Action, Evict, Pause, Refuse, Spawn, Start, State, Turns, Waiting, Wake, decide
+from ltx2_pool.serving.schedule import Action, Evict, Pause, Refuse, Spawn, Start, State, Turns, Wake, decide
+from ltx2_pool.serving.tickets import Answer, Limits, Ticket
 from ltx2_pool.words.outcomes import (
+    FROM_OUTSIDE,
     SHAPES_OWN_FAULT,
     JobFailed,
     Poisonous,
@@ -35,50 +37,13 @@ FAULTS = 2
 """Processes that a job may have ended before it fails, and its parameters are refused for a while."""
 LOSSES = 10
 """Processes that a job may lose through no fault of its own before it is given up."""
+RIDDLES = 3
+"""Of these, losses that nothing outside explains: deaths before its first phase, failed compilations."""
 POISON_SECONDS = 600.0
 _MAX_POISONS = 1000
 
-Answer = Video | Exception
 Charge = Literal["dropped", "retry", "failed", "poisoned"]
 """What a loss does to its job: nobody waited for it, it is tried again, it failed, it and its equals are refused."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the pool admits."""
-
-    max_queue: int = 64
-    max_queue_per_shape: int = 32
-    max_queue_per_user: int | None = None
-    """None: three quarters of `max_queue`."""
-    job_timeout: float = 3600
-    """Seconds from admission to the video."""
-    patience: float = 20
-    """Seconds for which hot jobs may pass one that needs another's room."""
-
-    @property
-    def per_user(self) -> int:
-        return self.max_queue_per_user or max(1, self.max_queue * 3 // 4)
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Ticket(Waiting):
-    """One admitted job on its way."""
-
-    job: Job
-    user: str
-    settle: Callable[[Answer], None]
-    """Called once, with the video or with why there is none."""
-    answered: bool = False
-    process: Reservation | None = None
-    """Where it is being made."""
-    faults: int = 0
-    losses: int = 0
-    attempts: int = 0
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return self.turn, self.number
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +124,7 @@ class Book:
         if ticket.process is not None:
             return ticket.process
         if ticket in self.waiting:
-            self.waiting.remove(ticket)
+            self._remove(ticket)
         return None
 
     def close(self) -> None:
@@ -176,7 +141,8 @@ class Book:
 
     def ready(self, process: Reservation, memory: Memory, seconds: float) -> None:
         """A process takes jobs; its start took that many seconds."""
-        self.starts.pop(process.key, None)
+        if process.key in self.starts:
+            self.starts[process.key].started()
         self.helpers_down = False
         self.ledger.observe(process.key, memory)
         process.hot = process.hot or memory.generated
@@ -186,7 +152,7 @@ class Book:
 
     def start_failed(self, process: Reservation, lost: ProcessLost, now: float) -> bool:
         """A process was lost before it took jobs. Returns whether that is held against the shape."""
-        alone = len(self.ledger.reservations) == 1
+        alone = self.ledger.alone(process)
         if lost.reason == "oom":
             self.ledger.ran_out(process)
             for ticket in self.waiting:
@@ -213,6 +179,7 @@ class Book:
         ticket = self.running.pop(process.id)
         wanted = not ticket.answered
         ticket.process = None
+        self.starts.pop(process.key, None)
         before = self._seconds.get(process.key, seconds)
         self._seconds[process.key] = (before + seconds) / 2
         self._free(process, memory, made=True)
@@ -236,25 +203,32 @@ class Book:
     def lost(self, process: Reservation, lost: ProcessLost, now: float) -> Charge | None:
         """A process that took jobs is lost, or will be in a moment. Says what became of its job; None without one."""
         ticket = self.running.pop(process.id, None)
-        alone = len(self.ledger.reservations) == 1
+        alone = self.ledger.alone(process)
         if lost.memory is not None:
             self.ledger.observe(process.key, lost.memory, made=False)
         if lost.reason == "oom":
             self.ledger.ran_out(process)
         process.ending = True
         if ticket is None:
+            self.starts.setdefault(process.key, Starts(self.pauses)).disturbed(now, lost.what)
             return None
         ticket.process = None
         if ticket.answered:
             return "dropped"
         ticket.losses += 1
         ticket.faults += lost.jobs_fault
+        ticket.riddles += not lost.jobs_fault and lost.reason not in FROM_OUTSIDE
         if ticket.faults >= FAULTS:
             self._poison(ticket.job, now)
             self._answer(ticket, lost)
             return "poisoned"
         hopeless = lost.reason == "oom" and ticket.alone and alone
-        if hopeless or ticket.losses >= LOSSES or (lost.reason == "gen_timeout" and lost.jobs_fault):
+        if (
+            hopeless
+            or ticket.losses >= LOSSES
+            or ticket.riddles >= RIDDLES
+            or (lost.reason == "gen_timeout" and lost.jobs_fault)
+        ):
             self._answer(ticket, lost)
             return "failed"
         ticket.alone = ticket.alone or lost.reason == "oom"
@@ -297,7 +271,7 @@ class Book:
                 case Refuse():
                     ticket = action.job
                     assert isinstance(ticket, Ticket)
-                    self.waiting.remove(ticket)
+                    self._remove(ticket)
                     self._answer(ticket, _unavailable(ticket.key, helpers or paused.get(ticket.key), now))
             todo.append(action)
         return todo
@@ -323,7 +297,7 @@ class Book:
         """Whether some video can be made: a process serves, or a start is worth a try."""
         if any(not r.ending and (r.hot or r.phase is Phase.IDLE) for r in self.ledger.reservations.values()):
             return True
-        hopeless = {key for key, starts in self.starts.items() if starts.failures >= THRESHOLD}
+        hopeless = {key for key, starts in self.starts.items() if starts.hopeless}
         return not self.helpers_down and (not self.keys or not hopeless.issuperset(self.keys))
 
     def unavailable(self, now: float) -> dict[Key, float]:
@@ -343,7 +317,7 @@ class Book:
                 coming = key in self.starts and not self.starts[key].unavailable(now)
             if coming:
                 return False
-        return ready > 0
+        return ready > 0 or self.able()
 
     def expected_wait(self) -> float:
         """Seconds that a job admitted now would wait for the jobs before it, by what their shapes took lately."""
@@ -362,8 +336,13 @@ class Book:
         if len(self._poisons) > _MAX_POISONS:
             self._poisons.popitem(last=False)
         for ticket in [ticket for ticket in self.waiting if parameters(ticket.job) == poison]:
-            self.waiting.remove(ticket)
+            self._remove(ticket)
             self._answer(ticket, _poisonous(POISON_SECONDS))
+
+    def _remove(self, ticket: Ticket) -> None:
+        """It waits no longer, and was not started: its turn is given back."""
+        self.waiting.remove(ticket)
+        self._turns.give_back(ticket.user, max((t.turn for t in self.waiting if t.user == ticket.user), default=0))
 
     def _answer(self, ticket: Ticket, answer: Answer) -> None:
         if not ticket.answered:

@@ -8,6 +8,8 @@ from ltx2_pool.serving.schedule import Pause
 
 THRESHOLD = 3
 """Failed starts in a row that make a shape unavailable."""
+DISTURBANCES = 10
+"""Starts ended from outside after which, where nothing else serves, the worker no longer says that it can."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,16 @@ class Starts:
         self.error = error
         self._until = max(self._until, now + min(pause, self._pauses.longest_disturbed))
 
-    def succeeded(self) -> None:
-        """A start worked: counting starts over."""
-        self.failures = self._disturbances = 0
+    def started(self) -> None:
+        """A start worked. Whether the process lasts is another question: pauses after disturbances go on growing."""
+        self.failures = 0
         self._until = 0.0
         self.error = ""
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many have failed, for whatever reason, that nobody should count on the next."""
+        return self.failures >= THRESHOLD or self._disturbances >= DISTURBANCES
 
     def remaining(self, now: float) -> float:
         """Seconds until the next try."""

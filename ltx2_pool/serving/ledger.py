@@ -260,6 +260,13 @@ class Ledger:
             default=None,
         )
 
+    def alone(self, entry: Reservation) -> bool:
+        """Whether nobody else holds anything on its devices."""
+        return not any(
+            other is not entry and not set(entry.devices).isdisjoint(other.devices)
+            for other in self.reservations.values()
+        )
+
     def observe(self, key: Key, memory: Memory, *, made: bool = True) -> None:
         """A process of this key said what it held: in its last phase at most, and now.
 
@@ -282,6 +289,9 @@ class Ledger:
             others = [r.held.least for r in self.reservations.values() if r is not entry and device in r.devices]
             if others and (budget := self._budgets[device]) is not None:
                 known.raised = max(known.raised, budget - sum(others) + 1)
+        budgets = [self._budgets[device] or 0 for device in entry.devices]
+        if all(budgets):
+            known.raised = min(known.raised, *budgets)  # more than all there is says nothing
 
     def describe(self) -> dict[str, Any]:
         """For people; bytes."""

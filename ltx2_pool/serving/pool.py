@@ -18,13 +18,25 @@ from typing import Any
 
 from ltx2_pool.processes.host import Host, Process
 from ltx2_pool.serving import files
-from ltx2_pool.serving.book import Answer, Begin, Book, Ticket
+from ltx2_pool.serving.book import Begin, Book
+from ltx2_pool.serving.budget import Budgets
 from ltx2_pool.serving.ledger import Phase, Reservation
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.report import Health, Report
 from ltx2_pool.serving.schedule import Evict, Pause, Refuse, Start, Wake
+from ltx2_pool.serving.tickets import Answer, Ticket
 from ltx2_pool.words.device import Device
-from ltx2_pool.words.outcomes import JobFailed, JobTimeout, NoRoom, OnEvent, PoolClosed, ProcessLost, Rejected, Video
+from ltx2_pool.words.outcomes import (
+    JobFailed,
+    JobTimeout,
+    NoRoom,
+    OnEvent,
+    PoolClosed,
+    ProcessLost,
+    Reason,
+    Rejected,
+    Video,
+)
 from ltx2_pool.words.protocol import Phase as PhaseBegins
 from ltx2_pool.words.protocol import Ready, Step
 from ltx2_pool.words.requests import Job
@@ -32,6 +44,8 @@ from ltx2_pool.words.shapes import Key, Shape
 
 logger = logging.getLogger(__name__)
 
+_LAST_WAIT = 60.0
+"""Seconds for processes to end that were told to, and killed after their grace."""
 _HOPELESS = 30.0
 """Seconds of a helpers' pause from which on jobs are refused in place of waiting for it."""
 
@@ -55,8 +69,7 @@ class Pool:
         self._host = host
         self._book = book
         self._run_dir = run_dir
-        self._devices = devices
-        self._reserve = memory_reserve
+        self._budgets = Budgets(host, book.ledger, devices, memory_reserve)
         self._warm_up = warm_up
         self._ready_min = ready_min
         self._report = Report(host, book, metrics or Metrics([]))
@@ -83,8 +96,7 @@ class Pool:
         """
         await self._host.start()
         self._host.on_weights_lost(self._on_weights_lost)
-        if not self._host.lends:
-            self._measure()
+        self._budgets.measure()
         self._decide()
         if self._ready_min:
             await self._hot_enough.wait()
@@ -173,8 +185,12 @@ class Pool:
             elif number in self._lives and handle.pid is None:  # it waits for a helper: nothing to stop yet
                 self._lives[number].cancel()
         stopping = [asyncio.create_task(self._stop(handle)) for handle in self._handles.values()]
-        while pending_tasks := {*stopping, *self._tasks} - {task for task in stopping if task.done()}:
-            await asyncio.wait(pending_tasks)
+        deadline = time.monotonic() + _LAST_WAIT
+        while left := {task for task in (*stopping, *self._tasks) if not task.done()}:
+            await asyncio.wait(left, timeout=1.0)
+            if time.monotonic() > deadline:
+                logger.critical("%d processes do not end, although they were killed: they are left behind", len(left))
+                break
         await self._host.close()
 
     def abort(self) -> None:
@@ -183,6 +199,7 @@ class Pool:
         self._book.settle_all(lambda: PoolClosed("the worker was told to stop at once"))
         for handle in self._handles.values():
             handle.kill()
+        self._publish()
 
     @property
     def health(self) -> Health:
@@ -206,8 +223,8 @@ class Pool:
     def _decide(self) -> None:
         """Carry out what follows from the last event. Nothing in here waits, and nothing can fail half-way."""
         for entry, handle in self._entries():
-            if not handle.alive and entry.idle:  # seen before its owner had its turn
-                self._book.end(entry)
+            if not handle.alive and entry.idle:
+                self._on_idle_death(entry, handle)
         now = time.monotonic()
         if self._timer is not None:
             self._timer.cancel()
@@ -253,15 +270,16 @@ class Pool:
                 self._on_failed_start(entry, lost)
             except Exception as error:
                 logger.exception("%s could not be started", entry.key)
-                self._on_failed_start(entry, _unforeseen(entry.key, error))
+                self._on_failed_start(entry, ProcessLost.unforeseen(str(entry.key), error))
             else:
+                if not handle.alive:
+                    what = "ended in the moment in which it became ready"
+                    raise ProcessLost(str(entry.key), "killed", what, handle.tail)
                 self._on_ready(entry, handle, ready)
                 status = await handle.exited()
                 logger.info("%s (pid %s) ended with status %s", entry.key, handle.pid, status)
-                if not entry.ending and entry.id not in self._book.running:
-                    idle = ProcessLost(str(entry.key), "killed", f"process {handle.pid} ended while idle", handle.tail)
-                    self._book.lost(entry, idle, time.monotonic())
-                    self._report.lost(entry.key, idle)
+                if entry.idle:
+                    self._on_idle_death(entry, handle)
         finally:
             # Also when this task is cancelled: whatever there is of the process goes, and then what it held.
             handle.kill()
@@ -277,31 +295,18 @@ class Pool:
     def _on_ready(self, entry: Reservation, handle: Process, ready: Ready) -> None:
         seconds = time.monotonic() - handle.began
         self._book.ready(entry, ready.memory, seconds)
-        if self._host.lends:
-            self._measure()
+        self._budgets.measure()
         self._report.started(handle, ready, seconds)
         self._decide()
 
-    def _measure(self) -> None:
-        """Find out what each device has for us, where that is not known: what is free now, and what we hold already."""
-        for device in self._devices:
-            if self._book.ledger.budget(device.id) is None:
-                try:
-                    self._book.ledger.set_budget(device.id, device.free(), self._reserve)
-                except Exception as error:  # the driver may fail in any way: one process at a time until it answers
-                    logger.error("the free memory of %s (%s) is not known: %s", device.name, device.id, error)
+    def _on_idle_death(self, entry: Reservation, handle: Process, reason: Reason = "killed") -> None:
+        lost = ProcessLost(str(entry.key), reason, f"process {handle.pid} ended while idle", handle.tail)
+        self._book.lost(entry, lost, time.monotonic())
+        self._report.lost(entry.key, lost)
 
     def _on_failed_start(self, entry: Reservation, lost: ProcessLost) -> None:
         guilty = self._book.start_failed(entry, lost, time.monotonic())
-        self._report.lost(entry.key, lost)
-        starts = self._book.starts.get(entry.key)
-        failures = starts.failures if starts is not None else 0
-        if guilty:
-            logger.error("spawn failed (%d in a row): %s", failures, lost)
-        else:
-            logger.error("spawn failed, and will be tried again: %s", lost)
-        if (left := self._book.unavailable(time.monotonic()).get(entry.key)) is not None:
-            logger.error("%s is unavailable for %.0f s after %d failed starts", entry.key, left, failures)
+        self._report.start_failed(entry.key, lost, guilty)
 
     async def _run(self, ticket: Ticket, entry: Reservation, handle: Process) -> None:
         """Own one job in one process, from its start there to its file or its failure."""
@@ -319,10 +324,15 @@ class Pool:
                 self._book.encoding(entry)  # the device is done with this job: the next one may have it
                 self._decide()
             if not ticket.answered and (tell := self._events.get(ticket.number)) is not None:
-                tell(event)
+                try:
+                    tell(event)
+                except Exception:  # a listener's error is nobody else's
+                    logger.exception("job %s: its listener failed", ticket.job.id)
 
         delivered = False
         try:
+            if ticket.answered:  # its client left in the very moment in which it was given to the process
+                raise JobFailed(entry.key, "cancelled", "cancelled")
             try:
                 files.make_empty(output)
             except OSError as error:
@@ -341,7 +351,7 @@ class Pool:
             raise
         except Exception as error:
             logger.exception("job %s: an error that nobody foresaw", ticket.job.id)
-            self._on_lost(ticket, entry, _unforeseen(entry.key, error))
+            self._on_lost(ticket, entry, ProcessLost.unforeseen(str(entry.key), error))
         finally:
             if entry.ending:
                 handle.kill()
@@ -353,19 +363,14 @@ class Pool:
 
     def _on_lost(self, ticket: Ticket, entry: Reservation, lost: ProcessLost) -> None:
         charge = self._book.lost(entry, lost, time.monotonic())
-        self._report.lost(entry.key, lost)
-        logger.error("job %s: %s", ticket.job.id, lost)
-        if charge == "retry":
-            logger.warning("job %s lost its process (%s) and is tried again", ticket.job.id, lost.reason)
-            self._metrics.retries.labels(entry.key.shape.key).inc()
-        elif charge == "poisoned":
-            logger.error("job %s ended %d processes: its parameters are refused", ticket.job.id, ticket.faults)
+        self._report.job_lost(ticket, lost, charge)
 
     def _on_weights_lost(self) -> None:
         """What the borrowers have mapped can no longer be trusted: replace them all. Their jobs are tried again."""
-        for device in self._devices:
-            self._book.ledger.set_budget(device.id, None)
-        for handle in self._handles.values():
+        self._budgets.forget()
+        for entry, handle in self._entries():
+            if entry.idle:
+                self._on_idle_death(entry, handle, "weights_lost")
             handle.kill("weights_lost")
         self._decide()
 
@@ -378,7 +383,8 @@ class Pool:
             handle.kill()
 
     def _publish(self) -> None:
-        if self._book.hot_enough(self._ready_min, time.monotonic()):
+        over = self._host.broken is not None or self._book.closing
+        if over or self._book.hot_enough(self._ready_min, time.monotonic()):
             self._hot_enough.set()
         self._report.publish(self._started)
         self._progress.set()
@@ -393,7 +399,3 @@ class Pool:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.critical("an owner failed to settle what it owned; report this", exc_info=error)
-
-
-def _unforeseen(key: Key, error: Exception) -> ProcessLost:
-    return ProcessLost(str(key), "system", f"{type(error).__name__}: {error}")

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ltx2_pool.processes.host import Host, Process
-from ltx2_pool.serving.book import Book
+from ltx2_pool.serving.book import Book, Charge
 from ltx2_pool.serving.ledger import Phase, Reservation
 from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.serving.tickets import Ticket
 from ltx2_pool.words.outcomes import JobFailed, ProcessLost, Rejected, Video
 from ltx2_pool.words.protocol import Ready
 from ltx2_pool.words.shapes import Key, Shape
@@ -83,6 +84,28 @@ class Report:
         """A process was lost."""
         self.metrics.failures.labels(lost.reason).inc()
         self._last_errors[str(key)] = str(lost)
+
+    def start_failed(self, key: Key, lost: ProcessLost, guilty: bool) -> None:
+        """A process was lost before it took jobs; `guilty`: that is held against its shape."""
+        self.lost(key, lost)
+        starts = self._book.starts.get(key)
+        failures = starts.failures if starts is not None else 0
+        if guilty:
+            logger.error("spawn failed (%d in a row): %s", failures, lost)
+        else:
+            logger.error("spawn failed, and will be tried again: %s", lost)
+        if (left := self._book.unavailable(time.monotonic()).get(key)) is not None:
+            logger.error("%s is unavailable for %.0f s after %d failed starts", key, left, failures)
+
+    def job_lost(self, ticket: Ticket, lost: ProcessLost, charge: Charge | None) -> None:
+        """A job lost its process, and that became of it."""
+        self.lost(ticket.key, lost)
+        logger.error("job %s: %s", ticket.job.id, lost)
+        if charge == "retry":
+            logger.warning("job %s lost its process (%s) and is tried again", ticket.job.id, lost.reason)
+            self.metrics.retries.labels(ticket.key.shape.key).inc()
+        elif charge == "poisoned":
+            logger.error("job %s ended %d processes: its parameters are refused", ticket.job.id, ticket.faults)
 
     def publish(self, started: bool) -> None:
         """Bring gauges and health up to date; `started`: the pool has started."""

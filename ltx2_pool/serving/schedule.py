@@ -120,6 +120,13 @@ class Turns:
         self._last[user] = turn
         return turn
 
+    def give_back(self, user: str, last: int) -> None:
+        """A job of this user will not be served; `last` is the highest turn of those that still wait, 0 without any."""
+        if last > self._served:
+            self._last[user] = last
+        else:
+            self._last.pop(user, None)
+
     def serve(self, turn: int) -> None:
         """A job of that turn starts."""
         if turn > self._served:
@@ -193,7 +200,6 @@ class _Decision:
             if pause.refuse:
                 self._actions.append(Refuse(job, pause.refuse))
                 return
-            self._wanted.add(job.key)
             self._wake_at(pause.until)
             return
         self._wanted.add(job.key)

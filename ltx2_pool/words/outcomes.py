@@ -44,6 +44,11 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 JOBS_OWN_FAULT: frozenset[Reason] = frozenset(("gen_eof", "gen_timeout", "cuda_fault", "parse_error", "desync"))
 """Losses that the job in work may have caused, if its first phase had begun."""
 
+FROM_OUTSIDE: frozenset[Reason] = frozenset(
+    ("killed", "oom", "silent", "send_failed", "cancel_timeout", "weights_lost", "helper")
+)
+"""Losses that something outside the process and its job explains."""
+
 SHAPES_OWN_FAULT: frozenset[Reason] = frozenset(("spawn_timeout", "spawn_eof", "spawn_parse_error", "compile", "oom"))
 """Failed starts that say something about the shape; the others say something about the machine, now."""
 
@@ -68,6 +73,11 @@ class ProcessLost(Exception):
         self.began, self.memory = began, memory
         output = "\n".join(f"  | {line}" for line in tail) or "  | (it printed nothing)"
         super().__init__(f"{name}: {what}. Its last output:\n{output}")
+
+    @classmethod
+    def unforeseen(cls, name: str, error: Exception) -> ProcessLost:
+        """An error that nobody foresaw, as the loss that it is made into."""
+        return cls(name, "system", f"{type(error).__name__}: {error}")
 
     @property
     def jobs_fault(self) -> bool:

@@ -101,9 +101,9 @@ class Memory(_Message):
     proportional set size (Linux Documentation/filesystems/proc.rst: smaps_rollup).
     """
 
-    resident: int
+    resident: int = Field(ge=0)
     """Between two jobs."""
-    peak: int
+    peak: int = Field(ge=0)
     """At most, in its last job or warm-up."""
     encoding: int | None = None
     """While it encodes; None: as much as the peak."""

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 
 from ltx2_pool.processes.process import Timeouts
-from ltx2_pool.serving.book import Limits
 from ltx2_pool.serving.breaker import Pauses
 from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words.outcomes import JobTimeout, Poisonous, PoolClosed, ProcessLost, QueueFull, Unavailable
 from ltx2_pool.words.protocol import Phase
 

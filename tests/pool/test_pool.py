@@ -15,7 +15,7 @@ import pytest
 
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.spawner import ExecSpawner
-from ltx2_pool.serving.book import Limits
+from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words.outcomes import JobFailed, PoolClosed, ProcessLost, Unavailable, Video
 from ltx2_pool.words.protocol import Step
 

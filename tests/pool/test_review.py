@@ -14,9 +14,9 @@ import pytest
 
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.shape import ShapeProcess
-from ltx2_pool.serving.book import Limits
 from ltx2_pool.serving.breaker import Pauses
 from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words.device import Device
 from ltx2_pool.words.outcomes import JobFailed, NoRoom, Poisonous, PoolClosed, ProcessLost, Unavailable
 from ltx2_pool.words.protocol import Memory, Step

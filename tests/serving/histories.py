@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ltx2_pool.serving import schedule
-from ltx2_pool.serving.book import FAULTS, Begin, Book, Limits, Ticket, parameters
+from ltx2_pool.serving.book import FAULTS, Begin, Book, parameters
 from ltx2_pool.serving.breaker import Pauses
 from ltx2_pool.serving.ledger import ACTIVE, Ledger, Phase, Reservation
 from ltx2_pool.serving.schedule import Evict, Start
+from ltx2_pool.serving.tickets import Limits, Ticket
 from ltx2_pool.words.outcomes import JobFailed, Poisonous, PoolClosed, ProcessLost, Rejected, Video
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.requests import Job

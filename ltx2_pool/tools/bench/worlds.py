@@ -9,9 +9,10 @@ from pathlib import Path
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.spawner import ExecSpawner
 from ltx2_pool.processes.subprocesses import ProcessHost
-from ltx2_pool.serving.book import Book, Limits
+from ltx2_pool.serving.book import Book
 from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
+from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words import device, requests
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
