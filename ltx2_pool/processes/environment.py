@@ -29,6 +29,9 @@ _SECRET = re.compile(r"(^|_)(API|AUTH|CREDENTIALS?|KEY|PASS|PASSWD|PASSWORD|SECR
 """Words in a name that announce a secret, whatever the name begins with: NVIDIA_API_KEY."""
 
 
+_DESCRIPTORS = 65536
+
+
 def inherited(environ: Mapping[str, str]) -> dict[str, str]:
     """The part of an environment that a child gets."""
     return {
@@ -41,7 +44,10 @@ def inherited(environ: Mapping[str, str]) -> dict[str, str]:
 def harden() -> None:
     """For the worker, before it makes its first file: nobody else can read its files, and no core dump shows a prompt.
 
-    Children inherit both, and set them themselves as well.
+    And it may open as many descriptors as the system lets it: each request takes one, and each process several.
+    Children inherit all of it, and set the first two themselves as well.
     """
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _DESCRIPTORS)), hard))

@@ -254,7 +254,8 @@ class Book:
         ahead: Sequence[Key] = () if self.closing else self.ahead
         self.helpers_down = self.helpers_down or helpers is not None
         if not self.closing and not self.able():
-            ahead = (*ahead, *(key for key in self.starts if key not in ahead))  # or it would never learn that it can
+            # Or it would never learn that it can.
+            ahead = tuple(dict.fromkeys((*ahead, *self.starts, *self.keys)))
         todo: list[Start | Begin | Evict | Refuse | Wake] = []
         for action in self.decide(
             State(now, self.waiting[:], self.ledger, paused, helpers, ahead, self.limits.patience)
@@ -284,7 +285,7 @@ class Book:
         ticket.process = action.process
         ticket.attempts += 1
         self.running[action.process.id] = ticket
-        self.ledger.enter(action.process, action.phase)
+        self.ledger.enter(action.process, action.phase, alone=ticket.alone)
 
     # What can be said.
 

@@ -18,6 +18,7 @@ from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 
 from ltx2_pool import __version__
 from ltx2_pool.serving.delivery import Deliverer, MediaStore
+from ltx2_pool.serving.descriptors import Descriptors
 from ltx2_pool.serving.exits import BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.handler import Counters, VideoHandler
 from ltx2_pool.serving.presence import Absent, DynamoDirectory, presence
@@ -122,7 +123,10 @@ class Worker:
             store = MediaStore(settings.media_output_fs_url, settings.media_output_http_url)
         limits = requests.Limits(max_prompt_chars=settings.max_prompt_chars, urls=store is not None)
         deliverer = Deliverer(store, settings.delivery_timeout)
-        self._handler = VideoHandler(pool, menu, self._model, limits, deliverer, metrics, traffic)
+        self._descriptors = Descriptors()
+        self._handler = VideoHandler(
+            pool, menu, self._model, limits, deliverer, metrics, traffic, on_request=self._descriptors.look
+        )
         self._namespace = get_worker_namespace(settings.namespace)
         self._endpoint = runtime.endpoint(f"{self._namespace}.{settings.component}.{settings.endpoint}")
         self._presence = presence(DynamoDirectory(self._endpoint, self._register_model), settings.discovery)
@@ -239,7 +243,7 @@ class Worker:
         )
         watches = [
             asyncio.create_task(self._kept_up(watch))
-            for watch in (self._follow_health, self._keep_present, self._traffic.keep)
+            for watch in (self._follow_health, self._watch_descriptors, self._keep_present, self._traffic.keep)
         ]
         try:
             await _first(self._serving, self._ending)
@@ -271,12 +275,10 @@ class Worker:
                 continue
             if health == "unable":
                 logger.error("no shape can be made now: leaving discovery until one can; %s", self._why())
-                self._runtime.set_health_status(False)
-                await self._presence.want(False)
+                await self._welcome()
             elif health == "able":
                 logger.warning("videos can be made again: back into discovery; %s", self._why())
-                await self._presence.want(True)
-                self._runtime.set_health_status(True)
+                await self._welcome()
             elif health == "broken":
                 logger.error("nothing can be made here, whatever is tried; %s", self._why())
                 self._runtime.set_health_status(False)
@@ -284,6 +286,18 @@ class Worker:
                 self._end(End("nothing can be made here, whatever is tried", BROKEN, drain))
                 return
             self._acted_on = health
+
+    async def _watch_descriptors(self) -> None:
+        await self._descriptors.watch(self._welcome)
+
+    async def _welcome(self) -> None:
+        """In discovery, and healthy, or out of both: as requests are welcome or not."""
+        welcome = self._pool.health == "able" and not self._descriptors.short and not self._ending.done()
+        if not welcome:
+            self._runtime.set_health_status(False)
+        await self._presence.want(welcome)
+        if welcome:
+            self._runtime.set_health_status(True)
 
     def _why(self) -> str:
         return f"status {json.dumps(self._pool.status(), default=str)[:4000]}"

@@ -66,8 +66,11 @@ class VideoHandler:
         deliverer: Deliverer,
         metrics: Counters,
         traffic: Traffic,
+        on_request: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_request` is called for each request before anything else."""
         self._pool = pool
+        self._on_request = on_request
         self._menu = menu
         self._model = model
         self._limits = limits
@@ -90,6 +93,7 @@ class VideoHandler:
 
     async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
         """One /v1/videos request. An async generator: raising at call time would quarantine the worker."""
+        self._on_request()
         try:
             job, delivery = requests.parse(request, uuid.uuid4().hex, self._menu, self._limits)
         except RequestError as error:

@@ -63,6 +63,8 @@ class Reservation:
     """It has made a video: nothing is left to compile."""
     ending: bool = False
     """It was told to end, or has ended, and its devices are not free yet."""
+    alone: bool = False
+    """Its job must have the devices to itself."""
     used: int = 0
     """The higher, the more recently it was given a job."""
 
@@ -85,7 +87,8 @@ class Room:
     held: int = 0
     rows: int = 0
     active: int = 0
-    unknown: int = 0
+    exclusive: int = 0
+    """Processes beside which nothing may be active: their phase is unknown, or their job has to be alone."""
     ending: int = 0
     """Bytes that processes on their way out still hold."""
     ending_rows: int = 0
@@ -100,7 +103,7 @@ class Room:
 
         `lease`: it needs one; `alone`: nothing else may be active; `row`: it is a new process.
         """
-        if (lease and self.leases <= 0) or self.unknown or self.claimed_alone:
+        if (lease and self.leases <= 0) or self.exclusive or self.claimed_alone:
             return False
         if row and self.places is not None and self.places <= self.claimed_rows:
             return False
@@ -113,11 +116,11 @@ class Room:
         held = self.held - own + need.least
         return held <= self.budget and held - self.ending + self.claimed <= self.budget
 
-    def take(self, need: Need, own: int = 0, *, lease: bool, row: bool = False) -> None:
+    def take(self, need: Need, own: int = 0, *, lease: bool, alone: bool = False, row: bool = False) -> None:
         """It begins."""
         self.held += need.least - own
         self.active += 1
-        self.unknown += need.unknown
+        self.exclusive += need.unknown or alone
         self.leases -= lease
         if row:
             self.rows += 1
@@ -199,9 +202,10 @@ class Ledger:
         self.reservations[number] = entry
         return entry
 
-    def enter(self, entry: Reservation, phase: Phase) -> None:
-        """The process is in another phase now."""
+    def enter(self, entry: Reservation, phase: Phase, *, alone: bool = False) -> None:
+        """The process is in another phase now; `alone`: with a job that must have the devices to itself."""
         entry.phase = phase
+        entry.alone = alone
         entry.held = self.need(entry.key, phase)
         if phase in ACTIVE:
             self._uses += 1
@@ -223,7 +227,7 @@ class Ledger:
                 room.rows += 1
                 room.held += held
                 room.active += active
-                room.unknown += entry.held.unknown
+                room.exclusive += entry.held.unknown or entry.alone
                 room.leases -= entry.phase is Phase.GENERATING
                 if room.places is not None:
                     room.places -= 1
@@ -302,7 +306,7 @@ class Ledger:
                 device: {
                     "budget": room.budget,
                     "held": room.held,
-                    "unknown": room.unknown,
+                    "exclusive": room.exclusive,
                     "leases": self._concurrency - room.leases,
                     "processes": room.rows,
                 }

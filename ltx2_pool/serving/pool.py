@@ -310,8 +310,7 @@ class Pool:
 
     async def _run(self, ticket: Ticket, entry: Reservation, handle: Process) -> None:
         """Own one job in one process, from its start there to its file or its failure."""
-        began = time.monotonic()
-        queued = began - ticket.since
+        began, queued = time.monotonic(), time.monotonic() - ticket.since
         lease = entry.phase is Phase.GENERATING
         encoding_began: float | None = None
         output = self._run_dir / f"{ticket.job.id}.{ticket.attempts}.mp4"
@@ -375,7 +374,7 @@ class Pool:
         self._decide()
 
     async def _stop(self, handle: Process) -> None:
-        """Own the end of an idle process; `_live` owns the rest of it."""
+        """Own the end of an idle process; `_live` owns the rest."""
         try:
             await handle.stop()
         except Exception:

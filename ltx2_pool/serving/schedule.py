@@ -185,7 +185,7 @@ class _Decision:
         lease = process.hot
         if all(room.admits(need, own, lease=lease, alone=job.alone) for room in rooms):
             for room in rooms:
-                room.take(need, own, lease=lease)
+                room.take(need, own, lease=lease, alone=job.alone)
             self._actions.append(Start(job, process, phase))
             return
         for device in process.devices:
@@ -239,7 +239,7 @@ class _Decision:
                 break
             idle -= self._idle([victim])
             victims.append(victim)
-        self._evict(victims, device, job)
+        self._evict(victims, device, job, "memory for a video of")
 
     def _place(self, key: Key, need: Need, alone: bool = False) -> str | None:
         """The device with the most room among those where a process of this key may start now."""
@@ -301,12 +301,12 @@ class _Decision:
         """The processes that stay on a device."""
         return [r for r in self._processes.values() if device in r.devices and r.id not in self._going]
 
-    def _evict(self, victims: Sequence[Reservation], device: str, job: Waiting) -> None:
+    def _evict(self, victims: Sequence[Reservation], device: str, job: Waiting, what: str = "a place for") -> None:
         for victim in victims:
             self._going.add(victim.id)
             for each in victim.devices:
                 self._rooms[each].release(victim.held.least)
-            self._actions.append(Evict(victim, f"room for {job.key} on {device}"))
+            self._actions.append(Evict(victim, f"{what} {job.key} on {device}"))
 
     def _spawn(self, key: Key, device: str, need: Need, *, warm: bool, why: str) -> None:
         room: Room = self._rooms[device]

@@ -86,12 +86,6 @@ def few_descriptors(stack: Stack, spare: int) -> Iterator[None]:
         worker.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
 
 
-DYNAMO_HANGS = (
-    "ai-dynamo 1.6.0: when a worker has no descriptor to connect back for a request that it was given, the frontend is "
-    "not told, and waits until the worker is out of discovery: for ever, when the shortage is over before"
-)
-
-
 @pytest.mark.parametrize(("spare", "seconds"), [(0, 15), (5, 4)])
 def test_a_worker_at_its_limit_of_descriptors_tells_the_truth_and_recovers(stack, spare, seconds):
     """For so long that it falls out of discovery, and for a moment."""
@@ -124,10 +118,8 @@ def test_a_worker_at_its_limit_of_descriptors_tells_the_truth_and_recovers(stack
     status = stack.status()
     assert (status["waiting"], status["running"]) == (0, 0)  # the worker owes nobody an answer
     assert untrue == []
-    with contextlib.suppress(AssertionError):
-        wait(lambda: all(future.done() for future in asked), 5)
-    if unanswered := sum(not future.done() for future in asked):
-        pytest.xfail(f"{unanswered} of {len(asked)} were never answered: {DYNAMO_HANGS}")
+    # Dynamo itself would let those hang for which it had no descriptor.
+    wait(lambda: all(future.done() for future in asked), 10)
 
 
 def test_a_run_directory_that_cannot_be_written_is_a_503_and_costs_no_process(stack):

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ltx2_pool.serving import schedule
-from ltx2_pool.serving.book import FAULTS, Begin, Book, parameters
+from ltx2_pool.serving.book import FAULTS, LOSSES, Begin, Book, parameters
 from ltx2_pool.serving.breaker import Pauses
 from ltx2_pool.serving.ledger import ACTIVE, Ledger, Phase, Reservation
-from ltx2_pool.serving.schedule import Evict, Start
+from ltx2_pool.serving.schedule import Evict, Pause, Start
 from ltx2_pool.serving.tickets import Limits, Ticket
 from ltx2_pool.words.outcomes import JobFailed, Poisonous, PoolClosed, ProcessLost, Rejected, Video
 from ltx2_pool.words.protocol import Memory
@@ -81,6 +81,7 @@ class World:
         self.faults: Counter[Job] = Counter()
         self.passes: Counter[int] = Counter()
         self.kind: Counter[str] = Counter()
+        self.helpers: Pause | None = None
 
     # Events.
 
@@ -101,6 +102,8 @@ class World:
         except Rejected:
             self.kind["rejected"] += 1
         else:
+            if self.book.closing:
+                raise Broken("a job was admitted after the close")
             self.tickets.append(ticket)
 
     def innocent_unless(self, guilty: bool) -> None:
@@ -184,7 +187,9 @@ class World:
         releasing = {r.devices for r in self.ledger.reservations.values() if r.ending}
         self.wake = None
         started: list[Ticket] = []
-        for action in self.book.next_actions(self.now, None):
+        if self.helpers is not None and self.helpers.until <= self.now:
+            self.helpers = None
+        for action in self.book.next_actions(self.now, self.helpers):
             if isinstance(action, Start):
                 life = self.lives[action.process.id]
                 if life.stage != "idle":
@@ -192,17 +197,30 @@ class World:
                 life.stage = "given"
                 started.append(action.job)  # type: ignore[arg-type]
             elif isinstance(action, Begin):
+                starts = self.book.starts.get(action.process.key)
+                if self.helpers is not None or (starts is not None and starts.remaining(self.now)):
+                    raise Broken(f"{action.process.key} is started in a pause")
+                if self.book.closing and action.warm:
+                    raise Broken("something is started ahead after the close")
                 self.lives[action.process.id] = Life(action.process)
             elif isinstance(action, Evict):
                 life = self.lives[action.process.id]
                 if life.stage != "idle":
                     raise Broken(f"a process was evicted that is {life.stage}")
                 self.kind["evicted"] += 1
+                patience = self.book.limits.patience
+                late = any(self.now >= t.since + patience for _, t in before)
+                if (
+                    not late
+                    and action.why.startswith("a place")
+                    and any(action.process.key == t.key for _, t in before)
+                ):
+                    raise Broken(f"{action.process.key} was evicted while it is awaited and everybody is patient")
                 life.stage = "ending"
             elif isinstance(action, schedule.Wake):
                 self.wake = action.at
         self.check()
-        if self.max_processes == 1 and len(self.devices) == 1 and started:
+        if self.max_processes == 1 and len(self.devices) == 1 and started and self.helpers is None:
             served = {r.key for r in self.ledger.reservations.values()}
             for order, older in before:
                 late = self.now >= older.since + self.book.limits.patience and older.key not in self.book.starts
@@ -210,6 +228,11 @@ class World:
                     raise Broken(f"job {started[0].number} passed one whose patience is over")
         passed = [(order, idle[older.key]) for order, older in before if older.key in idle and older.process is None]
         for job in started:
+            if job.attempts > LOSSES:
+                raise Broken(f"job {job.number} is tried for ever")
+            for order, older in before:
+                if order < job.order and older.key == job.key and older.process is None and not older.answered:
+                    raise Broken(f"job {job.number} was served before {older.number}")
             if job.process is not None and job.process.phase is Phase.GENERATING:
                 for order, process in passed:
                     if order < job.order and process.idle and process.devices == job.process.devices not in releasing:
@@ -220,6 +243,7 @@ class World:
         reservations = self.ledger.reservations.values()
         for device in self.devices:
             rows = leases = active = unknown = used = 0
+            alone = False
             for process in reservations:
                 if device in process.devices:
                     phase = process.phase
@@ -228,6 +252,8 @@ class World:
                     leases += phase is Phase.GENERATING
                     active += works
                     unknown += process.held.unknown
+                    ticket = self.book.running.get(process.id)
+                    alone = alone or (ticket is not None and ticket.alone and phase is not Phase.ENCODING)
                     used += self.true[process.key][works]
             held_leases += leases
             budget = self.ledger.budget(device)
@@ -235,6 +261,8 @@ class World:
                 raise Broken(f"{leases} leases on {device}")
             if self.max_processes is not None and rows > self.max_processes:
                 raise Broken(f"{rows} processes on {device}")
+            if alone and active > 1:
+                raise Broken(f"a job that has to be alone on {device} is not")
             if unknown and active > 1:
                 raise Broken(f"an unknown phase does not run alone on {device}")
             if not unknown and budget is not None and used > budget and rows > 1:
@@ -259,11 +287,14 @@ class World:
                 self.cancel()
             elif roll < 0.98:
                 self.now += pick() * 4
-            elif self.lends:
+            elif self.lends and roll < 0.99:
                 self.lose_weights()
+            else:
+                self.helpers = Pause(self.now + pick() * 4, "no helpers" if pick() < 0.3 else "")
             self.decide()
         if closes:
             self.book.close()
+            self.arrive()
             if pick() < 0.5:
                 self.book.settle_all(lambda: PoolClosed("closed"))
         self.finish()

@@ -42,7 +42,20 @@ MUTANTS = {
         "            room.claim(need, own, lease=lease, alone=job.alone)\n",
         "            pass\n",
     ),
-    "a start takes nothing": ("                room.take(need, own, lease=lease)\n", "                pass\n"),
+    "a start takes nothing": (
+        "                room.take(need, own, lease=lease, alone=job.alone)\n",
+        "                pass\n",
+    ),
+    "a job that has to be alone starts beside others": (
+        "lease=lease, alone=job.alone) for room",
+        "lease=lease) for room",
+    ),
+    "an awaited process goes while everybody is patient": (
+        "return [r for r in idle if r.key not in self._awaited]",
+        "return idle",
+    ),
+    "a start is tried in its pause": ("pause.until > self._state.now", "False"),
+    "nothing wakes it up": ("self._actions.append(Wake(self._wake))", "pass"),
     "patience has no end": ("return self._awaited[job.key] + self._state.patience", "return 1e9"),
 }
 
