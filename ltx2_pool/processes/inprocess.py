@@ -71,6 +71,8 @@ class InProcessHost(Host):
                 result.set_exception(error)
 
         def work() -> None:
+            if result.done():
+                return  # nobody waits for it any more
             value, failure = None, None
             try:
                 value = function(*arguments)

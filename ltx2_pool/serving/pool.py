@@ -266,15 +266,14 @@ class Pool:
         try:
             try:
                 ready = await self._host.start_process(handle, warm_up)
+                if not handle.alive:
+                    raise ProcessLost(str(entry.key), "killed", "ended as it became ready", handle.tail)
             except ProcessLost as lost:
                 self._on_failed_start(entry, lost)
             except Exception as error:
                 logger.exception("%s could not be started", entry.key)
                 self._on_failed_start(entry, ProcessLost.unforeseen(str(entry.key), error))
             else:
-                if not handle.alive:
-                    what = "ended in the moment in which it became ready"
-                    raise ProcessLost(str(entry.key), "killed", what, handle.tail)
                 self._on_ready(entry, handle, ready)
                 status = await handle.exited()
                 logger.info("%s (pid %s) ended with status %s", entry.key, handle.pid, status)

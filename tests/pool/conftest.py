@@ -139,10 +139,11 @@ def nothing_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-async def no_task_left(nothing_left: None) -> AsyncIterator[None]:
-    """No task outlives a test."""
+async def no_task_left(nothing_left: None, caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
+    """No task outlives a test, and no owner has failed to settle what it owned."""
     before = asyncio.all_tasks()
     yield
+    assert "report this" not in caplog.text
     left = asyncio.all_tasks() - before - {asyncio.current_task()}
     assert not left, left
 
