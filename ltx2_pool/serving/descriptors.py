@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import resource
+import time
 from collections.abc import Awaitable, Callable
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ ENOUGH = 12
 """As many end it."""
 RESERVE = 6
 """Held, and given back in a shortage: to leave discovery takes some, too."""
+PATIENCE = 60.0
+"""Seconds of a shortage after which another process may do better than this one."""
 INTERVAL = 0.5
 """Seconds between two looks."""
 
@@ -43,6 +46,10 @@ def _take(most: int) -> list[int]:
     return taken
 
 
+class Exhausted(Exception):
+    """There have been too few for too long."""
+
+
 class Descriptors:
     """Looks at intervals, and whenever a request has come; says when a shortage begins and when it has ended."""
 
@@ -57,14 +64,15 @@ class Descriptors:
             self._seen.set()
 
     async def watch(self, tell: Callable[[], Awaitable[None]], interval: float = INTERVAL) -> None:
-        """Call `tell` whenever `short` has changed; never returns."""
+        """Call `tell` whenever `short` has changed. Raises Exhausted after `PATIENCE`; never returns."""
+        since = 0.0
         try:
             while True:
                 if not self._reserve and not self.short:
                     self._reserve = _take(RESERVE)
                 left = spare()
                 if not self.short and (left < FEW or self._seen.is_set()):
-                    self.short = True
+                    self.short, since = True, time.monotonic()
                     self._give_back()
                     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
                     logger.error(
@@ -75,6 +83,8 @@ class Descriptors:
                     self.short = False
                     logger.warning("there are descriptors again: back into discovery")
                     await tell()
+                elif self.short and time.monotonic() - since > PATIENCE:
+                    raise Exhausted(f"fewer than {ENOUGH} descriptors have been left for {PATIENCE:.0f} s")
                 self._seen.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._seen.wait(), interval)

@@ -18,7 +18,7 @@ from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 
 from ltx2_pool import __version__
 from ltx2_pool.serving.delivery import Deliverer, MediaStore
-from ltx2_pool.serving.descriptors import Descriptors
+from ltx2_pool.serving.descriptors import Descriptors, Exhausted
 from ltx2_pool.serving.exits import BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.handler import Counters, VideoHandler
 from ltx2_pool.serving.presence import Absent, DynamoDirectory, presence
@@ -288,7 +288,10 @@ class Worker:
             self._acted_on = health
 
     async def _watch_descriptors(self) -> None:
-        await self._descriptors.watch(self._welcome)
+        try:
+            await self._descriptors.watch(self._welcome)
+        except Exhausted as error:
+            self._end(End(str(error), LOST, self._settings.drain_timeout))
 
     async def _welcome(self) -> None:
         """In discovery, and healthy, or out of both: as requests are welcome or not."""

@@ -6,21 +6,15 @@ import os
 import resource
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
-import pytest
 
 from ltx2_pool.serving.exits import LOST
 from tests.serving.test_dynamo import make, wait
 
 BACK = 15
 """Seconds after the end of the fault within which requests must be served again."""
-
-
-@pytest.fixture
-def stack(tmp_path):
-    with make(tmp_path) as running:
-        yield running
 
 
 def fallen_out(stack) -> bool:
@@ -39,7 +33,7 @@ def back_in_time(stack) -> None:
         time.sleep(0.5)
 
 
-def test_a_worker_that_was_stopped_for_a_while_is_served_from_again(stack):
+def stopped_for_a_while(stack):
     assert stack.create("fine").status_code == 200
     os.kill(stack.worker.pid, signal.SIGSTOP)
     wait(lambda: fallen_out(stack))
@@ -50,21 +44,34 @@ def test_a_worker_that_was_stopped_for_a_while_is_served_from_again(stack):
     assert stack.stop_worker() == 0
 
 
-def test_a_worker_that_ran_out_of_descriptors_is_served_from_again(stack):
+def ran_out_of_descriptors(stack):
     assert stack.create("fine").status_code == 200
     worker = psutil.Process(stack.worker.pid)
     soft, hard = worker.rlimit(psutil.RLIMIT_NOFILE)
     worker.rlimit(psutil.RLIMIT_NOFILE, (3, hard))
     wait(lambda: fallen_out(stack))
-    wait(lambda: "could not enter discovery now" in stack.log("worker"))
+    wait(lambda: "descriptors are left" in stack.log("worker"))
     worker.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
     back_in_time(stack)
     assert stack.stop_worker() == 0
 
 
-def test_a_worker_that_cannot_get_back_ends_for_its_supervisor(stack):
+def cannot_get_back(stack):
     assert stack.create("fine").status_code == 200
     worker = psutil.Process(stack.worker.pid)
     worker.rlimit(psutil.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     assert stack.worker.wait(120) == LOST
-    assert "ending with status 3: not in discovery" in stack.log("worker")
+    assert "ending with status 3: fewer than" in stack.log("worker")
+
+
+def test_workers_that_discovery_has_lost_are_served_from_again_or_end_for_their_supervisor(tmp_path):
+    """Side by side, because they mostly wait: one was stopped, one has no descriptors for a while, one for ever."""
+
+    def one(scenario) -> None:
+        directory = tmp_path / scenario.__name__
+        directory.mkdir()
+        with make(directory) as running:
+            scenario(running)
+
+    with ThreadPoolExecutor() as side_by_side:
+        list(side_by_side.map(one, (stopped_for_a_while, ran_out_of_descriptors, cannot_get_back)))
