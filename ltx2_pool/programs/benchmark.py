@@ -31,6 +31,7 @@ with extra("tools"):
     from ltx2_pool.tools import stack, terminal
     from ltx2_pool.tools.bench import advice, compare, image, load, options
     from ltx2_pool.tools.bench.client import Client, Watch
+    from ltx2_pool.tools.bench.results import Level, Result
 
 PROGRAM = Path(sys.argv[0]).name
 """How it was called: ``ltx2-benchmark``, or ``benchmark.py`` from a checkout."""
@@ -100,9 +101,9 @@ def _load(arguments: argparse.Namespace, console: Console) -> int:
         return 2
     number = arguments.num_prompts or (None if arguments.duration else 30)
     if arguments.rate:
-        levels = [load.Level(rate=rate) for rate in arguments.rate]
+        levels = [Level(rate=rate) for rate in arguments.rate]
     else:
-        levels = [load.Level(concurrency=clients) for clients in arguments.concurrency or [1, 2, 4]]
+        levels = [Level(concurrency=clients) for clients in arguments.concurrency or [1, 2, 4]]
     with _frontend(arguments, console, LTX2_POOL_READY_MIN=str(len(menu.shapes))) as (url, status_url):
         results, status = asyncio.run(_push(arguments, menu, shares, levels, number, url, status_url, console))
     load.show(results, console)
@@ -122,12 +123,12 @@ async def _push(
     arguments: argparse.Namespace,
     menu: Menu,
     shares: dict[Shape, float],
-    levels: list[load.Level],
+    levels: list[Level],
     number: int | None,
     url: str,
     status_url: str | None,
     console: Console,
-) -> tuple[list[load.Result], dict[str, Any]]:
+) -> tuple[list[Result], dict[str, Any]]:
     """Warm up, then one level after the other, with a progress bar."""
     async with Client(url, menu) as client, Watch(status_url) as watch:
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:

@@ -10,6 +10,7 @@ import pytest
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.tools import stack
 from ltx2_pool.tools.bench import advice, image, load
+from ltx2_pool.tools.bench.results import Level, Record, Result
 from ltx2_pool.words.shapes import Menu
 
 MENU = Menu.load(stack.TINY_MENU)
@@ -49,13 +50,13 @@ def test_a_wrong_mix_is_refused(tmp_path, text, problem):
 
 
 def record(shape, seconds, *, state="hot", problem="", status=200):
-    return load.Record("concurrency 1", 0, shape.key, state, 0.0, seconds, 0.5, status, 100, problem)
+    return Record("concurrency 1", 0, shape.key, state, 0.0, seconds, 0.5, status, 100, problem)
 
 
 def test_a_summary_tells_hot_from_cold_and_counts_failures():
     records = [record(A, s) for s in (1, 2, 3)] + [record(A, 50, state="cold")]
     records += [record(B, 0.1, problem="no text", status=429)]
-    found = load.summary(load.Result(load.Level(concurrency=1), 60.0, records))
+    found = load.summary(Result(Level(concurrency=1), 60.0, records))
     assert (found["requests"], found["videos"], found["videos_per_minute"]) == (5, 4, 4)
     assert found["shapes"][A.key]["hot"]["p50"] == 2
     assert found["shapes"][A.key]["cold"]["p50"] == 50

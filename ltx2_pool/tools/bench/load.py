@@ -10,7 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +20,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ltx2_pool.tools.bench.client import Client, Sample, Watch
+from ltx2_pool.tools.bench.results import Level, Record, Result
 from ltx2_pool.words.shapes import Menu, Shape
-
-
-@dataclass(frozen=True)
-class Level:
-    """How hard to push: `rate` requests per second whatever happens, or `concurrency` clients that ask again."""
-
-    rate: float | None = None
-    concurrency: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.rate:g} requests/s" if self.rate is not None else f"concurrency {self.concurrency}"
-
-    @property
-    def load(self) -> float:
-        """The number that stands for it on an axis."""
-        return self.rate if self.rate is not None else float(self.concurrency or 0)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One request, a line of requests.csv."""
-
-    level: str
-    number: int
-    shape: str
-    state: str
-    """`hot` or `cold` when it was sent; empty when the worker's status is not known."""
-    sent_s: float
-    """After the begin of its level."""
-    seconds: float
-    wait_s: float | None
-    status: int
-    bytes: int
-    problem: str
-
-
-@dataclass
-class Result:
-    """One level's run."""
-
-    level: Level
-    seconds: float
-    records: list[Record] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    """Their time is that after the begin of the level."""
-
-    @property
-    def good(self) -> list[Record]:
-        return [r for r in self.records if not r.problem]
-
-    @property
-    def videos_per_minute(self) -> float:
-        return 60 * len(self.good) / self.seconds
 
 
 def weights(menu: Menu, mix: str) -> dict[Shape, float]:

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from ltx2_pool.tools.bench.client import Sample
 
 if TYPE_CHECKING:
-    from ltx2_pool.tools.bench.load import Result
+    from ltx2_pool.tools.bench.results import Result
 
 HOT, COLD, FAILED, WAIT = "#1f77b4", "#ff7f0e", "#d62728", "#9aa0a6"
 STATES = {
