@@ -108,9 +108,8 @@ class Desk:
             request, descriptors, _, _ = socket.recv_fds(self._desk, 16, 1)
         except BlockingIOError:
             return
-        if not request:  # no borrower is left, and none will come
-            self._selector.unregister(self._desk)
-            return
+        if not request:  # the worker is gone, or a borrower has spoilt the desk for all: a new process has a new one
+            raise EOFError("the desk is closed")
         for number in descriptors:
             try:
                 borrower = socket.socket(fileno=number)

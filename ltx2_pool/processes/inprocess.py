@@ -73,11 +73,14 @@ class InProcessHost(Host):
         def work() -> None:
             if result.done():
                 return  # nobody waits for it any more
-            value, failure = None, None
+            value: Any = None
+            failure: Exception | None = None
             try:
                 value = function(*arguments)
-            except BaseException as error:
-                failure = error
+            except Exception as error:
+                failure = RuntimeError(f"StopIteration: {error}") if isinstance(error, StopIteration) else error
+            except BaseException as error:  # of a library that wants to end the program: that is not its to decide
+                failure = RuntimeError(f"{type(error).__name__}: {error}")
             with contextlib.suppress(RuntimeError):  # the loop has been closed, and nobody waits any more
                 loop.call_soon_threadsafe(settle, value, failure)
 

@@ -118,8 +118,8 @@ class Weights:
         return await (await self.ready()).checksum()
 
     async def _start(self) -> WeightsProcess:
-        if self._watch is not None:
-            await asyncio.wait([self._watch])  # two models do not fit
+        if self._process is not None and not await self._process.ended():  # two models do not fit
+            raise ProcessLost("weights", "helper", f"{self._process} does not end, although it was killed")
         if self._closing:
             raise ProcessLost("weights", "killed", "is not started any more: the worker is shutting down")
         turn = self._pause.turn

@@ -12,25 +12,26 @@ import contextlib
 import logging
 import os
 import resource
-import time
 from collections.abc import Awaitable, Callable
 
 logger = logging.getLogger(__name__)
 
 FEW = 4
 """Fewer are a shortage."""
-ENOUGH = 12
-"""As many end it."""
 RESERVE = 6
-"""Held, and given back in a shortage: to leave discovery takes some, too."""
+"""Held where there are enough, and given back in a shortage: to leave discovery takes some, too."""
+ENOUGH = 24
+"""As many end a shortage: the reserve, and what a dozen requests take."""
 PATIENCE = 60.0
-"""Seconds of a shortage after which another process may do better than this one."""
+"""Seconds in a shortage, with no calm of as many looks between, after which another process may do better."""
+CALM = 60
+"""Looks without a shortage after which the last one is forgotten."""
 INTERVAL = 0.5
-"""Seconds between two looks."""
+"""Seconds between two looks. Looks are counted, and not seconds: a process that was stopped has not looked."""
 
 
-def spare(most: int = ENOUGH) -> int:
-    """How many more descriptors this process may open now; looks for `most` at most."""
+def spare(most: int) -> int:
+    """How many more descriptors this process may open now; takes `most` at most, for a moment, to see."""
     taken = _take(most)
     for descriptor in taken:
         os.close(descriptor)
@@ -57,6 +58,8 @@ class Descriptors:
         self.short = False
         self._reserve: list[int] = []
         self._seen = asyncio.Event()
+        self._short_looks = 0
+        self._calm_looks = 0
 
     def look(self) -> None:
         """A request has come, and may have taken the last one."""
@@ -64,32 +67,48 @@ class Descriptors:
             self._seen.set()
 
     async def watch(self, tell: Callable[[], Awaitable[None]], interval: float = INTERVAL) -> None:
-        """Call `tell` whenever `short` has changed. Raises Exhausted after `PATIENCE`; never returns."""
-        since = 0.0
+        """Call `tell` whenever `short` has changed. Raises Exhausted after `PATIENCE`; never returns.
+
+        When `tell` has failed it may be called again: what it is to tell is kept.
+        """
         try:
+            if self.short:
+                await tell()
             while True:
-                if not self._reserve and not self.short:
-                    self._reserve = _take(RESERVE)
-                left = spare()
-                if not self.short and (left < FEW or self._seen.is_set()):
-                    self.short, since = True, time.monotonic()
+                seen = self._seen.is_set()
+                self._seen.clear()
+                if self.short:
+                    await self._in_a_shortage(tell, interval)
+                elif seen or spare(FEW) < FEW:
+                    self.short, self._calm_looks = True, 0
                     self._give_back()
                     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
                     logger.error(
-                        "%d of %d descriptors are left: no requests until there are more; raise ulimit -n", left, limit
+                        "descriptors are short, of %d: no requests until there are more; raise ulimit -n", limit
                     )
                     await tell()
-                elif self.short and left >= ENOUGH:
-                    self.short = False
-                    logger.warning("there are descriptors again: back into discovery")
-                    await tell()
-                elif self.short and time.monotonic() - since > PATIENCE:
-                    raise Exhausted(f"fewer than {ENOUGH} descriptors have been left for {PATIENCE:.0f} s")
-                self._seen.clear()
+                else:
+                    self._in_calm()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._seen.wait(), interval)
         finally:
             self._give_back()
+
+    async def _in_a_shortage(self, tell: Callable[[], Awaitable[None]], interval: float) -> None:
+        self._short_looks += 1
+        if spare(ENOUGH) >= ENOUGH:
+            self.short = False
+            logger.warning("there are descriptors again: back into discovery")
+            await tell()
+        elif self._short_looks * interval > PATIENCE:
+            raise Exhausted(f"fewer than {ENOUGH} descriptors have been left for {PATIENCE:.0f} s")
+
+    def _in_calm(self) -> None:
+        self._calm_looks += 1
+        if self._calm_looks >= CALM:
+            self._short_looks = 0
+        if not self._reserve and self._calm_looks % CALM == 1 and spare(ENOUGH) >= ENOUGH:
+            self._reserve = _take(RESERVE)
 
     def _give_back(self) -> None:
         for descriptor in self._reserve:

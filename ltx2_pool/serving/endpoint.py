@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 Health = Literal["starting", "able", "unable", "broken"]
 
+REGISTER_TIMEOUT = 120.0
+"""Seconds for registering the model."""
 LEAVE_TIMEOUT = 3.0
 """Seconds for leaving discovery; a lease that is not renewed ends by itself."""
 UNREGISTER_GRACE = 0.5
@@ -226,7 +228,17 @@ class Worker:
             await asyncio.wait({starting})
             return end
         await starting
-        await self._register_model()
+        registering = asyncio.create_task(self._register_model())
+        either: set[asyncio.Future[Any]] = {registering, self._ending}
+        await asyncio.wait(either, timeout=REGISTER_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        if not registering.done():
+            registering.cancel()
+            if not self._ending.done():
+                self._end(End(f"could not register within {REGISTER_TIMEOUT:.0f} s", LOST))
+            end = self._ending.result()
+            self._last_resort.arm(self._settings.term_grace + ABORT_TIMEOUT, end.status)
+            return end
+        await registering
         # Dynamo lets running handlers finish without a limit; _shut_down sets one.
         self._serving = asyncio.ensure_future(
             self._endpoint.serve_endpoint(
@@ -295,12 +307,14 @@ class Worker:
 
     async def _welcome(self) -> None:
         """In discovery, and healthy, or out of both: as requests are welcome or not."""
-        welcome = self._pool.health == "able" and not self._descriptors.short and not self._ending.done()
-        if not welcome:
+        if not self._welcomes:
             self._runtime.set_health_status(False)
-        await self._presence.want(welcome)
-        if welcome:
-            self._runtime.set_health_status(True)
+        await self._presence.want(self._welcomes)
+        self._runtime.set_health_status(self._welcomes)  # which may have changed meanwhile
+
+    @property
+    def _welcomes(self) -> bool:
+        return self._pool.health == "able" and not self._descriptors.short and not self._ending.done()
 
     def _why(self) -> str:
         return f"status {json.dumps(self._pool.status(), default=str)[:4000]}"
@@ -318,6 +332,7 @@ class Worker:
         """
         level = logging.ERROR if end.status else logging.INFO
         logger.log(level, "ending with status %d: %s; jobs have %.0f s", end.status, end.why, end.drain)
+        self._runtime.set_health_status(False)
         if self._serving is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LEAVE_TIMEOUT):

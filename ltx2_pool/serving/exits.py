@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -46,7 +47,11 @@ class LastResort:
             self._timer = None
 
     def _fire(self, seconds: float, status: int) -> None:
-        logger.critical("still not ended after another %.0f s: leaving without an orderly end", seconds)
+        what = "still not ended after another %.0f s: leaving without an orderly end"
+        with contextlib.suppress(RuntimeError):  # a log that nobody reads may block, and must not keep us
+            saying = threading.Thread(target=logger.critical, args=(what, seconds), daemon=True)
+            saying.start()
+            saying.join(1.0)
         self._leave(status or FAILED)
 
 
@@ -60,8 +65,10 @@ def run(main: Callable[[LastResort], Awaitable[int]]) -> int:
 
     async def body() -> None:
         nonlocal status
-        status = await main(last_resort)
-        last_resort.arm(WAY_OUT, status)
+        try:
+            status = await main(last_resort)
+        finally:
+            last_resort.arm(WAY_OUT, FAILED if status is None else status)
 
     try:
         uvloop.run(body())

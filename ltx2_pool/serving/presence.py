@@ -45,6 +45,10 @@ class Absent(Exception):
     """The worker is not in discovery, and registering again does not help."""
 
 
+ANSWER_TIMEOUT = 10.0
+"""Seconds for discovery to answer."""
+
+
 class Presence:
     """Keeps a worker in discovery while it should be there, and out of it while not."""
 
@@ -70,12 +74,14 @@ class Presence:
         """
         missed = tried = 0
         with contextlib.suppress(Exception):
-            await self._directory.listed()  # begins to watch while there are descriptors for it
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                await self._directory.listed()  # begins to watch while there are descriptors for it
         while True:
             await asyncio.sleep(self._interval)
             wanted = self._wanted
             try:
-                listed = await self._directory.listed()
+                async with asyncio.timeout(ANSWER_TIMEOUT):
+                    listed = await self._directory.listed()
             except Exception as error:
                 # No descriptor, no store: nothing is known, and that is not an absence.
                 logger.warning("discovery cannot be looked at: %s", error)
@@ -102,7 +108,8 @@ class Presence:
         async with self._turn:
             wanted = self._wanted
             try:
-                await (self._directory.enter() if wanted else self._directory.leave())
+                async with asyncio.timeout(ANSWER_TIMEOUT):
+                    await (self._directory.enter() if wanted else self._directory.leave())
             except Exception as error:
                 logger.warning("could not %s discovery now: %s", _words(wanted)[1], error)
 

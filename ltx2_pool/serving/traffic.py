@@ -97,11 +97,14 @@ class Traffic:
             new, at = dict(self._unsaved), self._at
         scores = {key: saved.get(key, 0.0) + new.get(key, 0.0) for key in saved.keys() | new.keys()}
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump({"at": at, "scores": scores}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump({"at": at, "scores": scores}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         with self._lock:
             self._decay()
             # What was counted while the file was written stays unsaved.

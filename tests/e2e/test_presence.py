@@ -50,7 +50,7 @@ def ran_out_of_descriptors(stack):
     soft, hard = worker.rlimit(psutil.RLIMIT_NOFILE)
     worker.rlimit(psutil.RLIMIT_NOFILE, (3, hard))
     wait(lambda: fallen_out(stack))
-    wait(lambda: "descriptors are left" in stack.log("worker"))
+    wait(lambda: "descriptors are short" in stack.log("worker"))
     worker.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
     back_in_time(stack)
     assert stack.stop_worker() == 0

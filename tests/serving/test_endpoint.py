@@ -145,7 +145,7 @@ async def test_a_signal_during_the_start(start):
     tell()
     await ended(worker, STOPPED)
     assert not worker.endpoint.served
-    assert worker.runtime.healthy is None
+    assert not worker.runtime.healthy
 
 
 async def test_a_start_that_fails_says_so_and_closes_the_pool(start):
