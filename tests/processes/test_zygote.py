@@ -52,7 +52,7 @@ Start = Callable[..., contextlib.AbstractAsyncContextManager[ZygoteSpawner]]
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
     """Starts a spawner; afterwards nothing may be left of it: no descriptor, process, task or subreaper."""
-    before, flag = _kinds(), _is_subreaper()
+    before, flag, children = _kinds(), _is_subreaper(), psutil.Process().children()
 
     @contextlib.asynccontextmanager
     async def spawner(*preload: str, timeout: float = 20, **environment: str) -> AsyncIterator[ZygoteSpawner]:
@@ -70,8 +70,8 @@ async def start() -> AsyncIterator[Start]:
 
     yield spawner
     with contextlib.suppress(TimeoutError):
-        await until(lambda: not psutil.Process().children() and _kinds() == before, 2)
-    assert psutil.Process().children() == []
+        await until(lambda: psutil.Process().children() == children and _kinds() == before, 2)
+    assert psutil.Process().children() == children
     assert _kinds() == before
     assert _is_subreaper() == flag
     left = asyncio.all_tasks() - {asyncio.current_task()}
