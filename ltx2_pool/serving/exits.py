@@ -72,8 +72,9 @@ def run(main: Callable[[LastResort], Awaitable[int]]) -> int:
 
     try:
         uvloop.run(body())
-    except (OSError, RuntimeError) as error:
-        if status is None:
+    except BaseException as error:
+        if status is None or not isinstance(error, OSError | RuntimeError):
+            last_resort.disarm()  # the loop is closed, and the caller ends with the error
             raise
         logger.error("the event loop could not be closed: %s", error)
     assert status is not None
