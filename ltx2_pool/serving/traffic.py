@@ -140,7 +140,7 @@ def _faded(scores: dict[str, float], age: float) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the file's lock against the other workers on this cache root. Raises OSError."""
+    """Take the file's lock, which all workers on this cache root share. Raises OSError."""
     lock = path.with_name(f".{path.name}.lock")
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
