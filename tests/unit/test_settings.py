@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
-from ltx2_pool.processes.forking import why_not_to_fork
 from ltx2_pool.serving.traffic import Traffic, to_prewarm
 from ltx2_pool.tools import stack
 from ltx2_pool.words import settings
@@ -131,15 +129,17 @@ def test_what_is_started_ahead():
 
 
 def test_a_process_with_a_python_thread_refuses_to_fork():
-    assert why_not_to_fork() is None
-    stop = threading.Event()
-    thread = threading.Thread(target=stop.wait, name="a thread")
-    thread.start()
-    try:
-        assert why_not_to_fork() == "Python threads run in it: a thread"
-    finally:
-        stop.set()
-        thread.join()
+    program = """
+import threading
+from ltx2_pool.processes.forking import why_not_to_fork
+print(why_not_to_fork())
+threading.Thread(target=threading.Event().wait, name="a thread", daemon=True).start()
+print(why_not_to_fork())
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert said.splitlines() == ["None", "Python threads run in it: a thread"]
 
 
 def test_a_checkpoint_that_can_not_be_read_is_refused_before_anything_starts(tmp_path, monkeypatch):
