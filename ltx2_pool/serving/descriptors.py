@@ -96,12 +96,12 @@ class Descriptors:
 
     async def _in_a_shortage(self, tell: Callable[[], Awaitable[None]], interval: float) -> None:
         self._short_looks += 1
+        if self._short_looks * interval > PATIENCE:  # also when they are enough whenever nobody is served
+            raise Exhausted(f"fewer than {ENOUGH} descriptors have been left for {PATIENCE:.0f} s in all")
         if spare(ENOUGH) >= ENOUGH:
             self.short = False
             logger.warning("there are descriptors again: back into discovery")
             await tell()
-        elif self._short_looks * interval > PATIENCE:
-            raise Exhausted(f"fewer than {ENOUGH} descriptors have been left for {PATIENCE:.0f} s")
 
     def _in_calm(self) -> None:
         self._calm_looks += 1
