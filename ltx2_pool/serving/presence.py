@@ -163,5 +163,8 @@ class DynamoDirectory:
         await self._register_model()
 
     async def leave(self) -> None:
-        """Only the instance: the model stays listed, and its clients get 503 instead of 404."""
+        """Only the instance. The model's card stays, so that clients whom nobody else serves get 503 instead of 404.
+
+        Measured on ai-dynamo 1.6.0; such a model is not in ``/v1/models`` either.
+        """
         await self._endpoint.unregister_endpoint_instance()
