@@ -118,13 +118,13 @@ class Weights:
         return await (await self.ready()).checksum()
 
     async def _start(self) -> WeightsProcess:
-        if self._process is not None and not await self._process.ended():  # two models do not fit
-            raise ProcessLost("weights", "helper", f"{self._process} does not end, although it was killed")
-        if self._closing:
-            raise ProcessLost("weights", "killed", "is not started any more: the worker is shutting down")
         turn = self._pause.turn
-        process = self._process = WeightsProcess(self._spawner, self._guard, self._timeouts)
         try:
+            if self._process is not None and not await self._process.ended():  # two models do not fit
+                raise ProcessLost("weights", "helper", f"{self._process} does not end, although it was killed")
+            if self._closing:
+                raise ProcessLost("weights", "killed", "is not started any more: the worker is shutting down")
+            process = self._process = WeightsProcess(self._spawner, self._guard, self._timeouts)
             lending = await process.start(self._recipe)
         except ProcessLost as lost:
             if not self._closing:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ltx2_pool.processes import endings
+from ltx2_pool.processes import process as child
 from ltx2_pool.processes.guard import Guard
 from ltx2_pool.processes.pause import HelpersPause
 from ltx2_pool.processes.zygote import ZygoteLost, ZygoteSpawner
@@ -193,6 +194,40 @@ async def test_weights_that_take_too_long(make_host: MakeHost, starts: Starts) -
             await place.host.prepare()
         assert caught.value.reason == "helper"
         assert "LTX2_POOL_WEIGHTS_TIMEOUT" in str(caught.value)
+
+
+@pytest.mark.parametrize("serving", [False, True])
+async def test_a_weights_process_that_cannot_be_killed_gets_no_second_one_beside_it(
+    make_host: MakeHost, starts: Starts, gate: Callable[[], Gate], monkeypatch: pytest.MonkeyPatch, serving: bool
+) -> None:
+    """Not even SIGKILL ends one whose driver is in the middle of something."""
+    monkeypatch.setattr(child, "_LINGERING", 0.01)
+    spawner = Counting()
+    async with make_host(replace(QUICK, term=0.05), weights="shared", spawner=spawner) as place:
+        with monkeypatch.context() as undead:
+            undead.setattr(child, "kill_group", lambda _: None)
+            door = gate()
+            if not serving:
+                starts(f"weights=gate{door.path}")
+            preparing = asyncio.create_task(place.host.prepare())
+            if serving:
+                await soon(preparing)
+            else:
+                os.close(await door.wait_for_child())
+            pid = place.host.pids["weights"]
+            place.host.weights._process.kill()
+            await soon(asyncio.wait([preparing]))
+            for _ in range(2):
+                assert not place.host.helpers_pause
+                lost = await fail_all(place)
+                assert {one.reason for one in lost} == {"helper"}
+                assert "does not end, although it was killed" in str(lost[0])
+            assert place.host.helpers_pause
+            assert spawner.launches == 1
+        os.kill(pid, signal.SIGKILL)
+        place.host._pause.succeeded()
+        starts("")
+        assert (await place.ready()).alive
 
 
 def test_the_kernels_counters(tmp_path: Path) -> None:
