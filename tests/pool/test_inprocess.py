@@ -19,12 +19,15 @@ from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.tools import imaginary
-from ltx2_pool.words.outcomes import JobFailed, JobTimeout, PoolClosed, ProcessLost, QueueFull
+from ltx2_pool.words.outcomes import JobFailed, JobTimeout, PoolClosed, ProcessLost, QueueFull, Unavailable
 from ltx2_pool.words.protocol import Step
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import Key
 
 from .conftest import A, B, C, gathered, job, make, nothing, until
+
+ENDS = {"exit": SystemExit(5), "stop": StopIteration("on purpose")}
+"""What ends a program, or a coroutine, when nobody minds it."""
 
 
 class Generator:
@@ -40,6 +43,8 @@ class Generator:
             raise imaginary.misbehaviour.OutOfMemory("on purpose")
         if word == "soft":
             raise RuntimeError("on purpose")
+        if word in ENDS:
+            raise ENDS[word]
         end = time.monotonic() + float(seconds or 0)
         while time.monotonic() < end:
             if word != "deaf":
@@ -85,6 +90,25 @@ async def test_videos_one_after_the_other_and_every_soft_outcome(loading, tmp_pa
         await make(pool, A, "oom")
     assert lost.value.reason == "oom"
     assert (await make(pool, B, "fine")).path.exists()  # memory that ran out breaks nothing
+    await pool.close()
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_a_library_that_would_end_the_program_ends_a_start_or_a_job(loading, tmp_path, monkeypatch, end):
+    def build(*_):
+        raise ENDS[end]
+
+    pool = pool_of(tmp_path, Timeouts())
+    with monkeypatch.context() as broken:
+        broken.setattr(imaginary, "build_generator", build)
+        await pool.start()
+        async with asyncio.timeout(10):
+            with pytest.raises(Unavailable, match=type(ENDS[end]).__name__):
+                await make(pool, A, "fine")
+    async with asyncio.timeout(10):
+        with pytest.raises((JobFailed, ProcessLost), match=type(ENDS[end]).__name__):
+            await make(pool, B, end)
+        assert (await make(pool, B, "fine")).path.exists()
     await pool.close()
 
 

@@ -148,6 +148,29 @@ async def test_a_signal_during_the_start(start):
     assert not worker.runtime.healthy
 
 
+@pytest.mark.parametrize("status", [STOPPED, LOST])
+async def test_a_registration_that_hangs_can_be_stopped_and_is_given_up(start, monkeypatch, status):
+    registering = asyncio.Event()
+    armed = []
+
+    async def hang(*_, **__):
+        registering.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(endpoint, "register_model", hang)
+    monkeypatch.setattr(LastResort, "arm", lambda _, seconds, status: armed.append((worker.pool.closing, status)))
+    if status == LOST:
+        monkeypatch.setattr(endpoint, "REGISTER_TIMEOUT", 0.01)
+    worker = await start(ready=False)
+    worker.pool.ready.set()
+    await registering.wait()
+    if status == STOPPED:
+        tell()
+    await ended(worker, status)
+    assert armed[0] == (False, status), "nothing would end it if its way out hung"
+    assert not worker.endpoint.served
+
+
 async def test_a_start_that_fails_says_so_and_closes_the_pool(start):
     worker = await start(ready=False)
 
@@ -174,6 +197,57 @@ async def test_unable_is_out_of_discovery_and_able_is_back(start, caplog):
     assert (await worker.runtime.routes["video/status"](None))["health"] == "able"
     tell()
     await ended(worker, STOPPED)
+
+
+async def test_unable_while_the_end_of_a_shortage_is_told_is_neither_listed_nor_healthy(start, monkeypatch):
+    class Shortage:
+        short = False
+
+        def look(self):
+            pass
+
+        async def watch(self, tell):
+            self.tell = tell
+            await asyncio.Event().wait()
+
+    shortage, registering, answer = Shortage(), asyncio.Event(), asyncio.Event()
+    monkeypatch.setattr(endpoint, "Descriptors", lambda: shortage)
+    worker = await start()
+
+    async def register_model(*_, **__):
+        registering.set()
+        await answer.wait()
+
+    monkeypatch.setattr(endpoint, "register_model", register_model)
+    shortage.short = True
+    await shortage.tell()
+    assert (worker.endpoint.listed, worker.runtime.healthy) == (False, False)
+    shortage.short = False
+    back = asyncio.create_task(shortage.tell())
+    await registering.wait()
+    worker.pool.health = "unable"
+    answer.set()
+    await back
+    await until(lambda: not worker.endpoint.listed and not worker.runtime.healthy)
+    tell()
+    await ended(worker, STOPPED)
+
+
+async def test_broken_ends_a_worker_that_cannot_leave_discovery(start, monkeypatch):
+    monkeypatch.setattr(presence, "ANSWER_TIMEOUT", 0.05)
+    monkeypatch.setattr(endpoint, "LEAVE_TIMEOUT", 0.05)
+    worker = await start()
+    leaving = asyncio.Event()
+
+    async def hang():
+        leaving.set()
+        await asyncio.Event().wait()
+
+    worker.endpoint.unregister_endpoint_instance = hang
+    worker.pool.health = "unable"
+    await leaving.wait()
+    worker.pool.health = "broken"
+    await ended(worker, BROKEN)
 
 
 async def test_broken_answers_what_is_there_and_ends_for_its_supervisor(start, caplog):

@@ -26,6 +26,14 @@ def test_the_last_resort_leaves_with_a_status_that_is_not_zero(caplog):
     assert "without an orderly end" in caplog.text
 
 
+def test_the_last_resort_does_not_wait_for_a_log_that_nobody_reads(monkeypatch):
+    read, gone = threading.Event(), threading.Event()
+    monkeypatch.setattr(exits.logger, "critical", lambda *_: read.wait())
+    LastResort(lambda _: gone.set()).arm(0.001, LOST)
+    assert gone.wait(10)
+    read.set()
+
+
 def test_no_thread_for_the_last_resort_is_no_reason_not_to_end(monkeypatch, caplog):
     def refuse(_thread):
         raise RuntimeError("can't start new thread")
@@ -58,18 +66,30 @@ def test_an_error_of_the_worker_is_raised():
         exits.run(main)
 
 
-def test_a_process_that_hangs_on_its_way_out_ends():
-    """With its status, though a thread that is no daemon would keep the interpreter for ever."""
-    code = """
-import threading
+@pytest.mark.parametrize(
+    ("hang", "end", "status"),
+    [
+        ("threading.Thread(target=sleep).start()", "return exits.LOST", LOST),
+        ("asyncio.get_running_loop().run_in_executor(None, sleep)", "return exits.LOST", LOST),
+        ("asyncio.get_running_loop().run_in_executor(None, sleep)", "raise OSError('no GPU')", FAILED),
+    ],
+    ids=["thread", "executor", "error"],
+)
+def test_a_process_that_hangs_on_its_way_out_ends(hang, end, status):
+    """With its status, though the interpreter waits for the one thread, and asyncio already for the other."""
+    code = f"""
+import asyncio, threading
 from ltx2_pool.serving import exits
 
 exits.WAY_OUT = 0.2
+sleep = threading.Event().wait
 
 async def main(resort):
-    threading.Thread(target=threading.Event().wait).start()
-    return exits.LOST
+    {hang}
+    {end}
 
 raise SystemExit(exits.run(main))
 """
-    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == LOST
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert process.returncode == status
+    assert "still not ended" in process.stderr

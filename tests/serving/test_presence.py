@@ -85,6 +85,27 @@ async def test_it_gives_up_when_registering_does_not_help():
     assert directory.did.count("enter") == 5
 
 
+async def test_discovery_that_does_not_answer_costs_a_try_and_no_more(monkeypatch):
+    monkeypatch.setattr(presence_module, "ANSWER_TIMEOUT", 0.01)
+
+    class Hanging(Directory):
+        async def enter(self) -> None:
+            self.did.append("enter")
+            await asyncio.Event().wait()
+
+    directory = Hanging()
+    directory.listing = False
+    presence = Presence(directory, interval=0.001, give_up=0.01)
+    keeping = asyncio.create_task(presence.keep())
+    await until(lambda: directory.did.count("enter") >= 2)
+    async with asyncio.timeout(5):
+        await presence.want(False)
+        assert directory.did.count("leave") == 1
+        await presence.want(True)
+        with pytest.raises(Absent):
+            await keeping
+
+
 async def test_not_to_be_able_to_look_is_not_an_absence():
     directory = Directory(*[OSError("Too many open files")] * 50)
     await kept(directory, lambda: len(directory.did) > 55)

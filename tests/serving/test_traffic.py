@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -78,6 +79,20 @@ def test_a_torn_file_is_no_reason_not_to_start(tmp_path, content, caplog):
     traffic.save()
     assert json.loads(path.read_text())["scores"].keys() == {A.key}
     assert {p.name for p in tmp_path.iterdir()} == {"traffic.json", ".traffic.json.lock"}
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    traffic = Traffic(tmp_path / "traffic.json")
+    traffic.count(A)
+    monkeypatch.setattr(os, "fsync", fail)
+    traffic.save()
+    assert [p.name for p in tmp_path.iterdir()] == [".traffic.json.lock"]
+    monkeypatch.undo()
+    traffic.save()
+    assert Traffic(tmp_path / "traffic.json").scores().keys() == {A.key}
 
 
 def test_without_a_place_to_write_it_counts_on(tmp_path, caplog):
