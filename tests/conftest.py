@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
+
+from tests.children import Gate
 
 settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared-machine")
@@ -15,3 +20,10 @@ settings.load_profile("shared-machine")
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """One kind of loop for every coroutine test (a hook of pytest-asyncio)."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Callable[[], Gate]:
+    """Makes gates."""
+    numbers = itertools.count()
+    return lambda: Gate(tmp_path / f"gate{next(numbers)}")

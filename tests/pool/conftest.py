@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.shapes import Key, Shape
+from tests.children import open_files
 
 GIB = 2**30
 IMAGINARY = [sys.executable, "-m", "ltx2_pool.tools.imaginary"]
@@ -53,30 +53,6 @@ async def make(pool: Pool, *args: Any) -> Video:
 def maker(video: Video) -> int:
     """The pid that wrote the file."""
     return int(video.path.read_bytes().split()[-1])
-
-
-class Gate:
-    """A FIFO that a child waits at until the test opens it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        os.mkfifo(path)
-
-    async def wait_for_child(self) -> int:
-        """Returns the writing end once a child waits at the gate."""
-        while True:
-            with contextlib.suppress(OSError):  # ENXIO: nobody reads yet
-                return os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
-            await asyncio.sleep(0.005)
-
-    async def open(self) -> None:
-        os.close(await self.wait_for_child())
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Callable[[], Gate]:
-    numbers = itertools.count()
-    return lambda: Gate(tmp_path / f"gate{next(numbers)}")
 
 
 @pytest.fixture
@@ -132,10 +108,10 @@ def make_pool(tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """No descriptor and no process outlives a test."""
-    before, children = _open_files(), psutil.Process().children()
+    before, children = open_files(), psutil.Process().children()
     yield
     assert [child for child in psutil.Process().children() if child not in children] == []
-    assert {fd: file for fd, file in _open_files().items() if before.get(fd) != file} == {}
+    assert {fd: file for fd, file in open_files().items() if before.get(fd) != file} == {}
 
 
 @pytest.fixture(autouse=True)
@@ -148,26 +124,12 @@ async def no_task_left(nothing_left: None, caplog: pytest.LogCaptureFixture) -> 
     assert not left, left
 
 
-def _open_files() -> dict[str, str]:
-    files = {}
-    for fd in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the directory's own
-            files[fd.name] = str(fd.readlink())
-    return files
-
-
 def states(pool: Pool) -> dict[str, str]:
     return {p["shape"]: p["state"] for p in pool.status()["processes"]}
 
 
 def pids(pool: Pool) -> dict[str, int]:
     return {p["shape"]: p["pid"] for p in pool.status()["processes"]}
-
-
-async def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - any condition, of any object
-            await asyncio.sleep(0.005)
 
 
 async def gathered(*jobs: Awaitable[Any]) -> list[Any]:

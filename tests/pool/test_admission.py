@@ -16,8 +16,9 @@ from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words.outcomes import JobTimeout, Poisonous, PoolClosed, ProcessLost, QueueFull, Unavailable
 from ltx2_pool.words.protocol import Phase
+from tests.children import until
 
-from .conftest import A, B, C, gathered, job, make, nothing, pids, states, until
+from .conftest import A, B, C, gathered, job, make, nothing, pids, states
 
 
 async def test_a_full_queue_says_so_at_once(make_pool, gate):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -15,14 +16,28 @@ from ltx2_pool.serving.book import RIDDLES, Book
 from ltx2_pool.serving.breaker import Pauses
 from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.serving.pool import Pool
 from ltx2_pool.words.device import Device
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Memory, Phase
 from ltx2_pool.words.shapes import Key
+from tests.children import until
 
-from .conftest import GIB, A, B, gathered, job, make, maker, nothing, pids, states, until
+from .conftest import GIB, A, B, gathered, job, make, maker, nothing, pids, states
 
 DEVICES = (Device("cpu", "cpu", "x86_64"),)
+
+
+def both_unheard(pool: Pool, weights: int) -> None:
+    """Keeps the loop until the weights process is dead and the only other one has sent READY: both come at once."""
+    os.waitid(os.P_PID, weights, os.WEXITED | os.WNOWAIT)
+    (handle,) = pool._handles.values()
+    connection = handle._channel._writer.get_extra_info("socket")
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        deadline = time.monotonic() + 20
+        while b'"ready"' not in same.recv(1 << 16, socket.MSG_PEEK):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
 
 
 async def test_a_budget_is_not_measured_while_the_weights_are_dying(make_pool, gate, monkeypatch):
@@ -44,9 +59,10 @@ async def test_a_budget_is_not_measured_while_the_weights_are_dying(make_pool, g
     ) as pool:
         pools.append(pool)
         fd = await door.wait_for_child()
-        os.kill(pool.status()["helpers"]["weights"], signal.SIGKILL)
+        weights = pool.status()["helpers"]["weights"]
+        os.kill(weights, signal.SIGKILL)
         os.close(fd)
-        time.sleep(0.5)  # noqa: ASYNC251 - the loop is busy, so that all of it comes at once
+        both_unheard(pool, weights)
         await until(lambda: pool._host.lending is not None and states(pool).get(A.key) == "ready")
         await make(pool, A)
         assert pool.status()["devices"]["cpu"]["budget"] <= 62 * GIB

@@ -23,8 +23,9 @@ from ltx2_pool.words.outcomes import JobFailed, JobTimeout, PoolClosed, ProcessL
 from ltx2_pool.words.protocol import Step
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import Key
+from tests.children import until
 
-from .conftest import A, B, C, gathered, job, make, nothing, until
+from .conftest import A, B, C, gathered, job, make, nothing
 
 ENDS = {"exit": SystemExit(5), "stop": StopIteration("on purpose")}
 """What ends a program, or a coroutine, when nobody minds it."""

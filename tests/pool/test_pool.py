@@ -18,8 +18,9 @@ from ltx2_pool.processes.spawner import ExecSpawner
 from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words.outcomes import JobFailed, PoolClosed, ProcessLost, Unavailable, Video
 from ltx2_pool.words.protocol import Step
+from tests.children import until
 
-from .conftest import IMAGINARY, QUICK, A, B, C, job, make, maker, pids, states, until
+from .conftest import IMAGINARY, QUICK, A, B, C, job, make, maker, pids, states
 
 
 async def test_a_hot_shape_keeps_its_process(make_pool):

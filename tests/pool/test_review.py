@@ -21,8 +21,9 @@ from ltx2_pool.words.device import Device
 from ltx2_pool.words.outcomes import JobFailed, NoRoom, Poisonous, PoolClosed, ProcessLost, Unavailable
 from ltx2_pool.words.protocol import Memory, Step
 from ltx2_pool.words.shapes import Shape
+from tests.children import until
 
-from .conftest import GIB, A, B, C, gathered, job, make, maker, nothing, pids, states, until
+from .conftest import GIB, A, B, C, gathered, job, make, maker, nothing, pids, states
 
 SHORT = Limits(job_timeout=15)
 

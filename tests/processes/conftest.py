@@ -24,11 +24,11 @@ from ltx2_pool.words.protocol import Done, Phase, Step
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.shapes import Key, Shape
+from tests.children import DEADLINE, open_files
 
 SHAPE = Shape(64, 64, 9)
 KEY = Key(SHAPE)
 QUICK = Timeouts(spawn=60, weights=60, generation=60, cancel=30, term=30, silence=30)
-DEADLINE = 90.0
 _ids = itertools.count()
 
 
@@ -46,13 +46,6 @@ def warm_up() -> Job:
 
 def nothing(_event: Phase | Step) -> None:
     pass
-
-
-async def until(condition: Callable[[], object], what: str = "") -> None:
-    """Wait for something that only looking tells."""
-    async with asyncio.timeout(DEADLINE):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 class Events:
@@ -83,31 +76,6 @@ class Events:
                 await self._news.wait()
 
 
-class Gate:
-    """A FIFO that a child waits at until the test opens it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        os.mkfifo(path)
-
-    async def wait_for_child(self) -> int:
-        """Returns the writing end once a child waits at the gate."""
-        async with asyncio.timeout(DEADLINE):
-            while True:
-                with contextlib.suppress(OSError):  # ENXIO: nobody reads yet
-                    return os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
-                await asyncio.sleep(0.005)
-
-    async def open(self) -> None:
-        os.close(await self.wait_for_child())
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Callable[[], Gate]:
-    numbers = itertools.count()
-    return lambda: Gate(tmp_path / f"gate{next(numbers)}")
-
-
 def kill_and_wait(pid: int) -> None:
     """SIGKILL a child, and return when it is dead, but not yet reaped."""
     os.kill(pid, signal.SIGKILL)
@@ -134,14 +102,6 @@ class Place:
     async def make(self, process: ShapeProcess, prompt: str = "fine") -> tuple[Done, Path]:
         output = self.output()
         return await process.generate(job(prompt), output, nothing), output
-
-
-def open_files() -> dict[str, str]:
-    files = {}
-    for fd in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the directory's own
-            files[fd.name] = str(fd.readlink())
-    return files
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from ltx2_pool.processes.pause import HelpersPause
 from ltx2_pool.processes.zygote import ZygoteLost, ZygoteSpawner
 from ltx2_pool.words.outcomes import SHAPES_OWN_FAULT, ProcessLost
 from ltx2_pool.words.shapes import Key, Shape
+from tests.children import Gate, until
 
-from .conftest import KEY, QUICK, Gate, imaginary, soon, until
+from .conftest import KEY, QUICK, imaginary, soon
 
 MakeHost = Callable[..., Any]
 Starts = Callable[[str], None]

@@ -17,8 +17,9 @@ import pytest
 from ltx2_pool.words import protocol
 from ltx2_pool.words.outcomes import JobFailed, ProcessLost
 from ltx2_pool.words.protocol import Memory, Phase
+from tests.children import Gate, until
 
-from .conftest import KEY, QUICK, SHAPE, Events, Gate, job, nothing, soon, until
+from .conftest import KEY, QUICK, SHAPE, Events, job, nothing, soon
 
 MakeHost = Callable[..., Any]
 

@@ -20,8 +20,9 @@ from ltx2_pool.processes import reaping
 from ltx2_pool.words.outcomes import SHAPES_OWN_FAULT, ProcessLost
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.shapes import CacheDirs
+from tests.children import Gate, until
 
-from .conftest import KEY, QUICK, SHAPE, Gate, imaginary, kill_and_wait, soon, until, warm_up
+from .conftest import KEY, QUICK, SHAPE, imaginary, kill_and_wait, soon, warm_up
 
 MakeHost = Callable[..., Any]
 Starts = Callable[[str], None]
