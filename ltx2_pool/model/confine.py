@@ -14,6 +14,7 @@ import ctypes
 import os
 import stat
 import struct
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ _REFER = 1 << 13
 _TRUNCATE = 1 << 14
 _REFER_SINCE, _TRUNCATE_SINCE = 2, 3
 """The first versions of Landlock's interface that know them."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Where POSIX shared memory is made; FastVideo does (distributed/parallel_state.py: get_same_node_ranks)."""
 
 
 def confine_to_cache(environ: Mapping[str, str]) -> bool:
@@ -39,6 +42,9 @@ def confine_to_cache(environ: Mapping[str, str]) -> bool:
     if not named:
         return False
     own = Path(named).parent
+    if SHARED_MEMORY in own.resolve().parents:  # they need to make new files there, and Landlock knows no exceptions
+        print(f"not confined to {own}: the caches are below {SHARED_MEMORY}", file=sys.stderr, flush=True)
+        return False
     return confine([own], own.parent)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,20 @@ def test_without_a_cache_nothing_is_confined() -> None:
 def test_a_kernel_without_landlock_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "_call", lambda *_: -1)
     assert not module.confine([tmp_path / "own"], tmp_path)
+
+
+def test_caches_in_shared_memory_are_not_confined_because_nothing_could_run():
+    """It hid the way to the shared memory that FastVideo needs at its start, which then divided by zero."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
+        own = Path(root) / "per-shape" / "own"
+        own.mkdir(parents=True)
+        program = f"""{PROGRAM}
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=1)
+memory.unlink()
+"""
+        command = [sys.executable, "-c", program, str(own), str(own)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False"]
+    assert "not confined" in done.stderr
