@@ -84,7 +84,13 @@ def pool(
     prewarm: Sequence[Shape],
     known: Mapping[Shape, Memory],
 ) -> Pool:
-    """The pool that the settings describe. `known`: what is known of the shapes' memory; `run_dir` is ours alone."""
+    """The pool that the settings describe. `known`: what is known of the shapes' memory; `run_dir` is ours alone.
+
+    Raises OSError when nothing can be made in it.
+    """
+    # Before the first process, which may be confined to what is there when it starts (model/confine.py).
+    videos = run_dir / "videos"
+    videos.mkdir(mode=0o700, exist_ok=True)
     host: Host
     if settings.pool_mode:
         host = ProcessHost(
@@ -108,7 +114,7 @@ def pool(
     return Pool(
         host,
         book,
-        run_dir / "videos",
+        videos,
         devices=(device,),
         memory_reserve=int(settings.memory_reserve * GIB),
         warm_up=functools.partial(requests.warm_up, menu) if settings.warm else None,

@@ -237,9 +237,15 @@ class _MenuReader:
 
 @dataclass(frozen=True)
 class CacheDirs:
-    """Where one shape's compile cache lives: the contract between warm-up (producer) and pool (consumer)."""
+    """Where one shape's compile cache lives: the contract between warm-up (producer) and pool (consumer).
+
+    Absolute, whatever is given: inductor's compilers run in other directories.
+    """
 
     root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", self.root.absolute())
 
     @classmethod
     def of(cls, cache_root: Path, shape: Shape) -> CacheDirs:

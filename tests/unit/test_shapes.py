@@ -121,3 +121,11 @@ def test_the_parent_never_imports_torch_or_fastvideo():
         "found = {'torch', 'fastvideo'} & set(sys.modules); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_relative_cache_root_is_the_same_for_compilers_that_run_elsewhere(tmp_path, monkeypatch):
+    """g++ said "no such file": inductor gives it names of files in the cache, and another working directory."""
+    monkeypatch.chdir(tmp_path)
+    relative, absolute = (CacheDirs.of(root, Shape(64, 64, 9)) for root in (Path("cache"), tmp_path / "cache"))
+    assert relative == absolute
+    assert relative.environment() == absolute.environment()
