@@ -64,6 +64,14 @@ def test_a_summary_tells_hot_from_cold_and_counts_failures():
     assert found["shapes"][B.key]["hot"] == {"videos": 0}
 
 
+def test_a_run_in_which_everything_failed_is_written_and_drawn(tmp_path):
+    """Its pictures ended the program with a traceback: there is no logarithm of nothing."""
+    failed = [record(A, 0.1, problem="Internal server error", status=500)]
+    result = Result(Level(concurrency=1), 60.0, failed)
+    for path in load.write([result], {}, MENU, tmp_path):
+        assert path.stat().st_size > 0
+
+
 def timings(shape, in_turn, shuffled, *, digests=("x", "x")):
     for order, seconds, digest in (("in turn", in_turn, digests[0]), ("shuffled", shuffled, digests[1])):
         for number, value in enumerate(seconds):
