@@ -58,6 +58,8 @@ class Report:
     bytes: int = 0
     """Size of the cache."""
     new_files: list[str] = field(default_factory=list)
+    attention_kernels: list[str] = field(default_factory=list)
+    """Of torch's attention operators, those that the compiled code calls (manifest.attention_kernels)."""
     video_sha256: str = ""
     same_video: bool | None = None
     """Whether the videos are the same, byte for byte: the bake's two, or the verification's and the bake's."""
@@ -137,6 +139,7 @@ class Baker:
                     report.problems.append("two videos of one process differ: the recipe is not deterministic")
             files = manifests.list_files(partial)
             report.files, report.bytes = len(files), sum(file.size for file in files.values())
+            report.attention_kernels = manifests.attention_kernels(partial)
             if self._recipe.compile and not files:
                 report.problems.append("nothing was cached: is the disk full?")
             if report.problems:
@@ -153,6 +156,7 @@ class Baker:
                     job={name: getattr(job, name) for name in ("prompt", "seed", "steps", "guidance", "fps")},
                     video_sha256=report.video_sha256,
                     memory=done.memory,
+                    attention_kernels=report.attention_kernels,
                     files=files,
                 ),
             )
@@ -208,6 +212,11 @@ class Baker:
         if report.new_files:
             report.problems.append(f"{len(report.new_files)} new files, the first is {report.new_files[0]}")
         report.problems += [str(mismatch) for mismatch in manifests.compare_files(manifest.files, found)]
+        report.attention_kernels = manifests.attention_kernels(copy)
+        if report.attention_kernels != manifest.attention_kernels:
+            report.problems.append(
+                f"other attention kernels: baked {manifest.attention_kernels}, run {report.attention_kernels}"
+            )
         report.same_video = report.video_sha256 == manifest.video_sha256
         if not report.same_video:
             report.problems.append(

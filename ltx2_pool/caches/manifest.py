@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import CacheDirs, Shape
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3
 WARM_UP_COMMAND = "ltx2-warmup --only {key} --force"
 
 
@@ -47,6 +48,8 @@ class Binding(BaseModel):
     compile_mode: str
     compile_fullgraph: bool
     attention_backend: str
+    attention_kernel: str
+    compile_decoder: bool
     deterministic: bool
     quantization: str | None
     model_config_digest: str
@@ -79,6 +82,8 @@ class Manifest(BaseModel):
     video_sha256: str
     memory: Memory
     """What a process of this shape needs for itself."""
+    attention_kernels: list[str]
+    """Those that the baked code calls: see :func:`attention_kernels`."""
     files: dict[str, File]
     """By path relative to the directory."""
 
@@ -105,16 +110,17 @@ def describe(key: str, mismatches: list[Mismatch]) -> str:
 def binding(recipe: Recipe, shape: Shape, on: Device | None = None) -> Binding:
     """What a cache for this shape would be bound to if it was baked now, here, on a device: the first visible one.
 
-    Raises OSError without a checkpoint, DeviceError.
+    Raises OSError without a checkpoint, DeviceError, RecipeError when the device lacks what the recipe asks for.
     """
     on = on or devices.visible()[0]
+    recipe = recipe.on(on.capability)
     return Binding(
         shape=shape.key,
         **{name: _version(name) for name in ("torch", "triton", "fastvideo", "transformers")},
         ltx2_pool=__version__,
         device=on.name,
         capability=on.capability,
-        **recipe.model_dump(exclude={"model_path"}),
+        **recipe.model_dump(exclude={"model_path", "video"}),
         model_config_digest=_config_digest(recipe.model_path),
     )
 
@@ -186,6 +192,21 @@ def list_files(cache: CacheDirs) -> dict[str, File]:
                 name = str(path.relative_to(cache.root))
                 files[name] = File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     return files
+
+
+def attention_kernels(cache: CacheDirs) -> list[str]:
+    """The attention operators of torch that the compiled code in a directory calls, by what follows ``aten.``.
+
+    Inductor keeps the code that it made as text (torch/_inductor/codecache.py: PyCodeCache): a process that hits the
+    cache runs just these, whatever switches it was started with.
+    """
+    found: set[str] = set()
+    for path in cache.torchinductor.rglob("*.py"):
+        found.update(_ATTENTION.findall(path.read_text(encoding="utf-8", errors="replace")))
+    return sorted(found)
+
+
+_ATTENTION = re.compile(r"aten\.(_scaled_dot_product_\w+?)(?:\.default)?\(")
 
 
 def relocate(cache: CacheDirs, old: Path, new: Path) -> None:

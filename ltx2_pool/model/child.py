@@ -41,10 +41,10 @@ from ltx2_pool.words.protocol import (
     Ready,
     Step,
 )
+from ltx2_pool.words.recipe import VideoSettings
 
 if TYPE_CHECKING:
     from ltx2_pool.model.engine import Generator
-    from ltx2_pool.model.mp4 import Clip
 
 _PR_SET_PDEATHSIG = 1
 _MAX_ERROR = 2000
@@ -120,6 +120,7 @@ class ShapeServer:
         self._started = started
         self._busy = False
         self._stopping = False
+        self._video = VideoSettings()
 
     def run(self, assign: Assign, desk: socket.socket | None) -> None:
         """Returns after SIGTERM or a fatal error. Raises ParentGone."""
@@ -146,6 +147,7 @@ class ShapeServer:
         from ltx2_pool.model import engine
 
         imported = time.monotonic()
+        self._video = assign.recipe.video
         modules = None
         if assign.borrow:
             from ltx2_pool.model.weights import borrow
@@ -181,7 +183,7 @@ class ShapeServer:
 
     def _answer(self, generator: Generator, message: Generate) -> Done | Failed:
         """Make the video. Whatever the outcome, the memory that it took is given back before it is told."""
-        from ltx2_pool.model import engine
+        from ltx2_pool.model import engine, mp4
 
         job = message.job
         phases: list[tuple[str, float]] = []
@@ -201,10 +203,13 @@ class ShapeServer:
             # file, and removes it; another one, or a link in its place, is not written to.
             output = os.open(message.output, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                clip = generator.generate(job, on_phase, on_step)
-                engine.trim_memory()  # before "encode" is said: the device is another job's then
-                on_phase("encode")
-                _write(clip, output, job.comment)
+                # FFmpeg opens it again by its descriptor (it moves the index to the front in the end), so that nobody
+                # can put another file in its place meanwhile.
+                with mp4.Encoder(Path(f"/proc/self/fd/{output}"), job, self._video) as encoder:
+                    generator.generate(job, encoder, on_phase, on_step)
+                    engine.trim_memory()  # before "encode" is said: the device is another job's then
+                    on_phase("encode")
+                    encoder.finish()
             finally:
                 os.close(output)
         except engine.Cancelled as error:
@@ -217,12 +222,10 @@ class ShapeServer:
             memory = _memory_after_failure(error, generator.weights_bytes)
         else:
             ends = [begin for _, begin in phases[1:]] + [time.monotonic()]
-            sample_rate = clip.sample_rate
-            del clip
             engine.trim_memory()
             return Done(
                 job_id=job.id,
-                sample_rate=sample_rate,
+                sample_rate=encoder.sample_rate,
                 phases={name: end - begin for (name, begin), end in zip(phases, ends, strict=True)},
                 compiled=engine.compiled_so_far().since(before),
                 memory=engine.memory(generator.weights_bytes),
@@ -254,14 +257,6 @@ class ShapeServer:
         self._stopping = True
         if not self._busy:
             _exit(0)
-
-
-def _write(clip: Clip, output: int, comment: str) -> None:
-    """Encode into an open file. FFmpeg opens it again by its descriptor (it moves the index to the front in the end),
-    so that nobody can put another file in its place meanwhile."""
-    from ltx2_pool.model import mp4
-
-    mp4.encode(clip, Path(f"/proc/self/fd/{output}"), comment)
 
 
 def _kind(error: Exception) -> Kind:

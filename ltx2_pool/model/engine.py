@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ltx2_pool.words.recipe import WITHOUT_KERNELS
 
@@ -23,6 +24,8 @@ if os.environ.get("FASTVIDEO_ATTENTION_BACKEND", "TORCH_SDPA") in WITHOUT_KERNEL
     # get_autotune_config). That starts CUDA, so that a zygote could not fork any more, and fails without a GPU.
     sys.modules["fastvideo_kernel"] = None  # type: ignore[assignment]  # "not installed", as importlib has it
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch._inductor
 from fastvideo.api.compat import generator_config_to_fastvideo_args
@@ -45,6 +48,8 @@ from fastvideo.utils import shallow_asdict
 from fastvideo.worker.executor import Executor
 from torch._inductor.codecache import torch_key
 
+from ltx2_pool.model import attention
+from ltx2_pool.model.decoder import StreamingDecoder, obstacle, planes
 from ltx2_pool.model.faults import is_compile_failure as is_compile_failure
 from ltx2_pool.model.faults import is_fatal as is_fatal
 from ltx2_pool.model.faults import is_out_of_memory as is_out_of_memory
@@ -52,7 +57,7 @@ from ltx2_pool.model.faults import is_refusal as is_refusal
 from ltx2_pool.model.memory import device_total as device_total
 from ltx2_pool.model.memory import memory as memory
 from ltx2_pool.model.memory import trim_memory as trim_memory
-from ltx2_pool.model.mp4 import Clip
+from ltx2_pool.model.wayout import WayOut
 from ltx2_pool.words.protocol import Compiled
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
@@ -62,8 +67,9 @@ OnPhase = Callable[[str], None]
 OnStep = Callable[[int, int], None]
 """Called before each denoise step with (steps done, steps in all); may raise Cancelled to stop there."""
 
-RECOMPILE_LIMIT = 64
-"""torch's limit of 8 compiled variants per code object is below a menu of ten shapes in one process."""
+RECOMPILE_LIMIT = 256
+"""torch's limit of 8 compiled variants per code object is below a menu of ten shapes in one process: a residual block
+of the decoder alone has four sizes, one of them in up to three kinds of windows, for each."""
 
 
 class Cancelled(Exception):
@@ -144,10 +150,20 @@ class InProcessExecutor(Executor):  # type: ignore[misc]
         """Nothing to stop: the process owns the pipeline for life."""
 
 
+class Sink(Protocol):
+    """Takes what a generation makes, while it is being made."""
+
+    def audio(self, samples: npt.NDArray[np.float32], sample_rate: int) -> None:
+        """The whole track, before the first frame: as :meth:`ltx2_pool.model.mp4.Encoder.audio`."""
+
+    def frames(self, pictures: npt.NDArray[np.uint8]) -> None:
+        """The next frames: as :meth:`ltx2_pool.model.mp4.Encoder.frames`. Has to return soon."""
+
+
 class Generator:
     """One loaded LTX-2 pipeline. Not thread-safe: one :meth:`generate` at a time."""
 
-    def __init__(self, video_generator: VideoGenerator) -> None:
+    def __init__(self, video_generator: VideoGenerator, compile_options: Mapping[str, Any] | None) -> None:
         self._args: FastVideoArgs = video_generator.fastvideo_args
         self._executor: InProcessExecutor = video_generator.executor
         self._on_phase: OnPhase = _ignore
@@ -156,7 +172,16 @@ class Generator:
             ("latent_preparation_stage", "denoise"),
             ("audio_decoding_stage", "decode"),
         ):
-            self._announce(self._executor.pipeline._stage_name_mapping[name], phase)
+            self._announce(self._stage(name), phase)
+        # FastVideo's own way to leave the decoding to somebody else (pipelines/stages/decoding.py: forward).
+        self._args.output_type = "latent"
+        vae = self.modules["vae"]
+        self._decoder: StreamingDecoder | None = None
+        if reason := obstacle(vae):
+            print(f"the video decoder runs as FastVideo has it, in tiles: {reason}", file=sys.stderr, flush=True)
+        else:
+            self._decoder = StreamingDecoder(vae, compile_options)
+        self._way_out = WayOut()
 
     @property
     def weights_bytes(self) -> int:
@@ -169,6 +194,9 @@ class Generator:
         modules: dict[str, Any] = self._executor.pipeline.modules
         return modules
 
+    def _stage(self, name: str) -> Any:
+        return self._executor.pipeline._stage_name_mapping[name]
+
     def _announce(self, stage: Any, phase: str) -> None:
         forward = stage.forward
 
@@ -179,11 +207,13 @@ class Generator:
 
         stage.forward = announced
 
-    def generate(self, job: Job, on_phase: OnPhase | None = None, on_step: OnStep | None = None) -> Clip:
-        """Make one video. Returns frames and audio in host memory; the device is idle when it returns.
+    def generate(
+        self, job: Job, sink: Sink | None = None, on_phase: OnPhase | None = None, on_step: OnStep | None = None
+    ) -> None:
+        """Make one video. The sink has all of it, and the device is idle, when this returns; None throws it away.
 
-        Raises Cancelled when `on_step` did; anything else is the pipeline's own exception: see :func:`is_fatal`
-        and :func:`is_refusal`.
+        Raises Cancelled when `on_step` did, and what the sink raises; anything else is the pipeline's own exception:
+        see :func:`is_fatal` and :func:`is_refusal`.
         """
         # SamplingParam's own defaults are the distilled model's (FastVideo api/sampling_param.py). Building it here
         # instead of through VideoGenerator.generate keeps them whatever the checkpoint's directory is called.
@@ -202,11 +232,20 @@ class Generator:
         self._on_phase = on_phase or _ignore
         with _step_hook(on_step):
             output = self._executor.execute_forward(batch, self._args)
-        video = (output.output[0] * 255).clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
         audio = output.extra.get("audio")
-        if audio is not None:
-            audio = audio.detach().float().cpu().numpy()
-        return Clip(video, job.fps, audio, int(output.extra.get("audio_sample_rate") or 0))
+        if audio is not None and sink is not None:
+            sink.audio(audio.detach().float().cpu().numpy(), int(output.extra.get("audio_sample_rate") or 0))
+        latents, output = output.latents, None
+        with torch.no_grad():
+            for pictures in self._way_out.arrivals(self._frames(latents)):
+                if sink is not None:
+                    sink.frames(pictures)
+
+    def _frames(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        if self._decoder is not None:
+            return self._decoder.frames(latents)
+        pixels = self._stage("decoding_stage").decode(latents, self._args)  # in 0..1
+        return iter([planes(pixels.float() * 2 - 1)])
 
 
 def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Generator:
@@ -215,9 +254,13 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     Raises LoadError when the checkpoint is absent or is not LTX-2.
     """
     _check_checkpoint(Path(recipe.model_path))
+    recipe = recipe.on(capability())
+    assert recipe.attention_kernel is not None
+    attention.use(recipe.attention_kernel)
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.automatic_dynamic_shapes = False
     compile_config = CompileConfig(enabled=recipe.compile)
+    options: dict[str, Any] | None = None
     if recipe.compile:
         preload()
         compile_config.backend = "inductor"
@@ -238,7 +281,8 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     prepare_platform()
     config = GeneratorConfig(recipe.model_path, engine=engine, pipeline=PipelineSelection(workload_type="t2v"))
     executor = type("BoundExecutor", (InProcessExecutor,), {"modules": modules})
-    generator = Generator(VideoGenerator(generator_config_to_fastvideo_args(config), executor, log_stats=False))
+    pipeline = VideoGenerator(generator_config_to_fastvideo_args(config), executor, log_stats=False)
+    generator = Generator(pipeline, options if recipe.compile_decoder else None)
     # FastVideo loads Gemma (24 GB) at the first prompt; a process that says READY has it.
     gemma = generator.modules["text_encoder"].gemma_model
     if modules is not None:
@@ -249,6 +293,14 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     for module in _torch_modules(generator.modules):
         module.requires_grad_(False)  # part of the compile keys, and lent tensors have none
     return generator
+
+
+def capability() -> str:
+    """Of this process's device, as :attr:`ltx2_pool.words.device.Device.capability` spells it."""
+    if not torch.cuda.is_available():
+        return platform.machine()
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
 
 
 def _torch_modules(modules: Mapping[str, Any]) -> Iterator[torch.nn.Module]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import queue
+import signal
+import threading
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -11,51 +14,112 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+from ltx2_pool.words.recipe import VideoSettings
+from ltx2_pool.words.requests import Job
+
 _AUDIO_FRAME = 1024
 """Samples of one AAC frame."""
+_THREADS = 12
+"""Of the encoder. A number of its own, because other numbers may give other bytes: every host makes the same ones."""
+_BT709 = 1
+"""Matrix, primaries and transfer (ITU-T H.273); as :func:`ltx2_pool.model.decoder.planes` makes them."""
+_LIMITED = 1
+"""FFmpeg's AVCOL_RANGE_MPEG: luma in 16..235."""
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A finished video in host memory."""
+class Encoder:
+    """Writes one job's video as MP4, with audio in AAC, in a thread of its own while frames are still being made.
 
-    frames: npt.NDArray[np.uint8]
-    """[frames, height, width, 3], RGB."""
-    fps: int
-    audio: npt.NDArray[np.float32] | None = None
-    """[samples], [samples, channels] or [channels, samples], in -1..1."""
-    sample_rate: int = 0
-    """Hz; 0 without audio."""
+    The same audio, frames and settings give the same bytes. Use it as a context manager: what was not finished is
+    abandoned. Whatever goes wrong in the thread (an OSError for a disk that is full) is raised by the next call.
+    """
 
+    def __init__(self, path: Path, job: Job, settings: VideoSettings) -> None:
+        self._path = path
+        self._job = job
+        self._settings = settings
+        self._audio: npt.NDArray[np.float32] | None = None
+        self.sample_rate = 0
+        """Hz; 0 without audio."""
+        self._pictures: queue.SimpleQueue[npt.NDArray[np.uint8] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._abandoned = False
+        self._error: Exception | None = None
 
-def encode(clip: Clip, path: Path, comment: str = "") -> None:
-    """Write H.264 and AAC in an MP4. The same clip gives the same bytes. Raises OSError when it cannot be written."""
-    height, width = clip.frames.shape[1:3]
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        if comment:
-            container.metadata["comment"] = comment
-        video = container.add_stream("libx264", rate=clip.fps, options={"preset": "veryfast", "crf": "18"})
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        audio = None
-        if clip.audio is not None:
-            samples = _as_samples(clip.audio)
-            layout = "stereo" if samples.shape[1] == 2 else "mono"
-            audio = container.add_stream("aac", rate=clip.sample_rate, layout=layout)
-        for frame in clip.frames:
-            # Converted here, on one thread: when the encoder's own conversion did it, about one file in a hundred came
-            # out with other bytes from the same frames.
-            yuv = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p", threads=1)
-            container.mux(video.encode(yuv))
-        container.mux(video.encode())
-        if audio is not None:
-            for start in range(0, len(samples), _AUDIO_FRAME):
-                chunk = np.ascontiguousarray(samples[start : start + _AUDIO_FRAME].T)
-                frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout=layout)
-                frame.sample_rate = clip.sample_rate
-                frame.pts = start
-                frame.time_base = Fraction(1, clip.sample_rate)
-                container.mux(audio.encode(frame))
-            container.mux(audio.encode())
+    def audio(self, samples: npt.NDArray[np.float32], sample_rate: int) -> None:
+        """The whole track, [samples], [samples, channels] or [channels, samples] in -1..1. Before the first frame.
+
+        Raises ValueError for more than two channels.
+        """
+        self._audio, self.sample_rate = _as_samples(samples), sample_rate
+
+    def frames(self, pictures: npt.NDArray[np.uint8]) -> None:
+        """The next frames, each an I420 picture: [frames, height * 3 / 2, width]. Returns at once, and keeps them."""
+        if self._error is not None:
+            raise self._error
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="encode", daemon=True)
+            self._thread.start()
+        self._pictures.put(pictures)
+
+    def finish(self) -> None:
+        """Wait until the file is whole."""
+        self._pictures.put(None)
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._abandoned = True
+        self._pictures.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            # A signal is for the main thread, which may have to answer it at once.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            self._encode()
+        except Exception as error:
+            self._error = error
+
+    def _encode(self) -> None:
+        job, settings = self._job, self._settings
+        with av.open(str(self._path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            if job.comment:
+                container.metadata["comment"] = job.comment
+            options = {"preset": settings.preset, "crf": str(settings.quality)}
+            if settings.codec == "libx265":
+                options["x265-params"] = f"pools={_THREADS}:log-level=error"
+            video = container.add_stream(settings.codec, rate=job.fps, options=options)
+            video.width, video.height, video.pix_fmt = job.shape.width, job.shape.height, "yuv420p"
+            video.codec_context.thread_count = _THREADS
+            for name in ("color_primaries", "color_trc", "colorspace"):
+                setattr(video.codec_context, name, _BT709)
+            video.codec_context.color_range = _LIMITED
+            if self._audio is not None:
+                # First: it is there, and the end of the frames is then the end of the file.
+                self._encode_audio(container, self._audio)
+            while (pictures := self._pictures.get()) is not None and not self._abandoned:
+                for picture in pictures:
+                    container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
+            container.mux(video.encode())
+
+    def _encode_audio(self, container: av.container.OutputContainer, samples: npt.NDArray[np.float32]) -> None:
+        layout = "stereo" if samples.shape[1] == 2 else "mono"
+        stream = container.add_stream("aac", rate=self.sample_rate, layout=layout)
+        for start in range(0, len(samples), _AUDIO_FRAME):
+            chunk = np.ascontiguousarray(samples[start : start + _AUDIO_FRAME].T)
+            frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout=layout)
+            frame.sample_rate = self.sample_rate
+            frame.pts = start
+            frame.time_base = Fraction(1, self.sample_rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def _as_samples(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

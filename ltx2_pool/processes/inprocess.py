@@ -42,6 +42,7 @@ class InProcessHost(Host):
     def __init__(self, recipe: Recipe, cache_root: Path, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
         self._recipe = recipe
+        self.video = recipe.video
         self._cache = CacheDirs(cache_root / "in-process")
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._loading: asyncio.Task[float] | None = None
@@ -260,9 +261,10 @@ class InProcess(Process):
         try:
             if self._stop.is_set():
                 raise engine.Cancelled
-            clip = self._host.generator.generate(job, on_phase, on_step)
-            on_phase("encode")
-            mp4.encode(clip, output, job.comment)
+            with mp4.Encoder(output, job, self._host.video) as encoder:
+                self._host.generator.generate(job, encoder, on_phase, on_step)
+                on_phase("encode")
+                encoder.finish()
         except engine.Cancelled:
             raise JobFailed(self.key, "cancelled", "cancelled", _NO_MEMORY) from None
         except Exception as error:
@@ -281,7 +283,7 @@ class InProcess(Process):
         ends = [begin for _, begin in phases[1:]] + [time.monotonic()]
         return Done(
             job_id=job.id,
-            sample_rate=clip.sample_rate,
+            sample_rate=encoder.sample_rate,
             phases={name: end - begin for (name, begin), end in zip(phases, ends, strict=True)},
             compiled=engine.compiled_so_far().since(before),
             memory=_NO_MEMORY,

@@ -18,8 +18,11 @@ from ltx2_pool.caches import bake
 from ltx2_pool.caches.bake import BakeError, Baker, Report
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.subprocesses import ProcessHost
+from ltx2_pool.words import device as devices
 from ltx2_pool.words import settings
+from ltx2_pool.words.device import DeviceError
 from ltx2_pool.words.extras import extra
+from ltx2_pool.words.recipe import RecipeError, VideoSettings
 from ltx2_pool.words.shapes import Menu, MenuError, Shape
 
 if TYPE_CHECKING:
@@ -57,12 +60,15 @@ def main() -> int:
         menu = Menu.load(chosen.shapes)
         shapes = [menu.get(key) for key in arguments.only] if arguments.only else list(menu.shapes)
         chosen.check_model()
-    except (settings.SettingsError, MenuError) as error:
+        # The bake's videos are hashed: they are made alike, whatever the operator serves.
+        recipe = chosen.recipe.model_copy(update={"video": VideoSettings()})
+        recipe.on(devices.visible()[0].capability)
+    except (settings.SettingsError, MenuError, RecipeError, DeviceError) as error:
         parser.error(str(error))
     except KeyError as error:
         parser.error(error.args[0])
     host = ProcessHost(
-        chosen.recipe,
+        recipe,
         chosen.cache_root,
         Path(tempfile.gettempdir()),
         Timeouts(spawn=600, generation=arguments.timeout, silence=SILENCE),
@@ -70,7 +76,7 @@ def main() -> int:
         weights=chosen.weights,
         replace_damaged_caches=False,
     )
-    baker = Baker(menu, chosen.recipe, chosen.cache_root, host)
+    baker = Baker(menu, recipe, chosen.cache_root, host)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with extra("tools"):
         from ltx2_pool.tools.board import Board

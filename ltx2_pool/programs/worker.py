@@ -21,6 +21,7 @@ from ltx2_pool.words import device as devices
 from ltx2_pool.words import settings as settings_module
 from ltx2_pool.words.device import Device, DeviceError
 from ltx2_pool.words.extras import extra, missing_for
+from ltx2_pool.words.recipe import RecipeError
 from ltx2_pool.words.settings import Settings, SettingsError
 from ltx2_pool.words.shapes import Menu, MenuError, Shape
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _start_logging(settings)
     try:
         return _prepare_and_serve(settings, arguments)
-    except (MenuError, SettingsError, DeviceError, OSError) as error:
+    except (MenuError, SettingsError, RecipeError, DeviceError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
 
@@ -70,6 +71,7 @@ def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int
     if settings.media_output_fs_url and (missing := missing_for(settings.media_output_fs_url)):
         raise SettingsError(missing)
     device = devices.visible()[0]
+    settings.recipe.on(device.capability)
     traffic = Traffic(settings.traffic_file or settings.cache_root / "traffic.json")
     prewarm = to_prewarm(settings.wanted, menu, traffic)
     if arguments.plan:

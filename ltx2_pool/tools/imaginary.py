@@ -14,7 +14,6 @@ import os
 import select
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socket
@@ -26,7 +25,7 @@ from ltx2_pool.tools import misbehaviour
 from ltx2_pool.tools.misbehaviour import CompileFailure, DeviceFault, LoadError, OutOfMemory, Refusal
 from ltx2_pool.words import protocol
 from ltx2_pool.words.protocol import Broken, Checked, Checksum, Compiled, Lend, Lending, Memory
-from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.recipe import Recipe, VideoSettings
 from ltx2_pool.words.requests import Job
 
 
@@ -34,12 +33,24 @@ class Cancelled(Exception):
     """As the engine's."""
 
 
-@dataclass(frozen=True)
-class Clip:
-    """What a generation returns: who made it, and of what."""
+class Encoder:
+    """As mp4's: writes what the prompt says."""
 
-    job: Job
-    sample_rate: int = 24000
+    sample_rate = 24000
+
+    def __init__(self, path: Path, job: Job, settings: VideoSettings) -> None:
+        self._path = path
+        self._job = job
+
+    def finish(self) -> None:
+        """As mp4's."""
+        misbehaviour.encode(self._job, self._path)
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
 
 
 class Generator:
@@ -50,9 +61,10 @@ class Generator:
     def generate(
         self,
         job: Job,
+        sink: Encoder | None = None,
         on_phase: Callable[[str], None] = lambda _phase: None,
         on_step: Callable[[int, int], None] = lambda _done, _total: None,
-    ) -> Clip:
+    ) -> None:
         """As the engine's."""
         if job.id == "warm-up":
             misbehaviour.start(misbehaviour.child.shape, warm_up=True)
@@ -65,12 +77,8 @@ class Generator:
             misbehaviour.in_phase(prompt, phase)
             if phase == "denoise":
                 misbehaviour.denoise(prompt, job.steps, on_step)
-        return Clip(job)
-
-
-def encode(clip: Clip, path: Path, comment: str = "") -> None:
-    """As mp4's."""
-    misbehaviour.encode(clip.job, path)
+        if sink is not None:
+            sink._job = job
 
 
 def build_generator(recipe: Recipe, modules: object = None) -> Generator:

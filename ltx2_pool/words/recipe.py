@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from ltx2_pool.words.shapes import CacheDirs
 
 WITHOUT_KERNELS = ("TORCH_SDPA", "FLASH_ATTN")
 """Attention backends that do without FastVideo's own kernels (the package fastvideo-kernel)."""
+
+AttentionKernel = Literal["cudnn", "torch"]
+"""``cudnn``: cuDNN's kernel for long sequences; ``torch``: whatever torch's scaled_dot_product_attention chooses."""
+VideoCodec = Literal["libx264", "libx265"]
+VideoPreset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
+
+
+class RecipeError(ValueError):
+    """What is asked for cannot be had on this device. The message says what to do."""
+
+
+class VideoSettings(BaseModel):
+    """How frames become an MP4. Part of no compile key; the same frames and settings give the same bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    codec: VideoCodec = "libx264"
+    preset: VideoPreset = "veryfast"
+    """The encoder's name for a trade of time for size."""
+    quality: int = Field(18, ge=0, le=51)
+    """Constant rate factor: 0 is lossless, 18 is hard to tell from the original, 51 is the worst."""
 
 
 class Recipe(BaseModel):
@@ -26,11 +49,44 @@ class Recipe(BaseModel):
     compile_fullgraph: bool = False
     attention_backend: str = "TORCH_SDPA"
     """A FastVideo attention backend name (FastVideo platforms/interface.py: AttentionBackendEnum)."""
+    attention_kernel: AttentionKernel | None = None
+    """None: the fastest exact one, by the rule of :meth:`on`."""
+    compile_decoder: bool | None = None
+    """Whether the video decoder is compiled, too; None: on a GPU, where it pays."""
     deterministic: bool = True
     """Inductor chooses reduction kernels by rule, not by timing them in each process, so that every process makes the
     same bytes (torch/_inductor/config.py: deterministic)."""
-    quantization: str | None = None
-    """Transformer quantization by FastVideo's name; ``NVFP4`` needs a Blackwell GPU."""
+    quantization: Literal["auto", "FP8", "NVFP4"] | None = None
+    """Of the transformer, by FastVideo's name; ``auto``: what the device is made for, by the rule of :meth:`on`."""
+    video: VideoSettings = VideoSettings()
+
+    def on(self, capability: str) -> Recipe:
+        """This recipe with every choice made for a device, by its CUDA compute capability (``9.0``; a CPU: anything
+        that is no number). By rule and not by timing, so that every process and every bake choose alike.
+
+        cuDNN's attention reaches twice what FlashAttention 2 does on Hopper (docs/measurements.md). FP8 matrix products
+        came with Ada (8.9), NVFP4 with Blackwell (10.0); a CPU computes FP8 by way of bfloat16, for tests.
+
+        Raises RecipeError when the device lacks what is asked for.
+        """
+        major, minor = _version(capability)
+        kernel = self.attention_kernel
+        if kernel is None:
+            kernel = "cudnn" if major in (9, 10) and self.attention_backend == "TORCH_SDPA" else "torch"
+        quantization = self.quantization
+        if quantization == "auto":
+            quantization = "NVFP4" if major >= 10 else "FP8"
+        if quantization is not None and 0 < major and (major, minor) < (8, 9):
+            raise RecipeError(
+                f"a GPU of compute capability {capability} has no FP8: leave --enable-optimizations "
+                "(LTX2_ENABLE_OPTIMIZATIONS) off, or use Ada (8.9) or newer"
+            )
+        decoder = self.compile_decoder
+        if decoder is None:
+            decoder = self.compile and major > 0
+        return self.model_copy(
+            update={"attention_kernel": kernel, "quantization": quantization, "compile_decoder": decoder}
+        )
 
     def environment(self, cache: CacheDirs | None = None) -> dict[str, str]:
         """Variables to set before torch and fastvideo are imported; those of the cache, before something compiles."""
@@ -47,3 +103,8 @@ class Recipe(BaseModel):
             # Lets torch.cuda.is_available() answer without a CUDA context, so that a preloaded process can fork.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
+
+
+def _version(capability: str) -> tuple[int, int]:
+    major, _, minor = capability.partition(".")
+    return (int(major), int(minor or 0)) if major.isdigit() else (0, 0)

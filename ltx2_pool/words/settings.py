@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.recipe import AttentionKernel, Recipe, RecipeError, VideoCodec, VideoPreset, VideoSettings
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -210,6 +210,18 @@ class Settings(BaseModel):
     attention_backend: str = _option(
         "TORCH_SDPA", "LTX2_ATTENTION_BACKEND", "FastVideo attention backend", flag="--attention-backend"
     )
+    attention_kernel: AttentionKernel | None = _option(
+        None,
+        "LTX2_ATTENTION_KERNEL",
+        "cudnn, or torch: whatever torch chooses (default: the fastest exact one for the GPU, cudnn on Hopper and B200)",
+        flag="--attention-kernel",
+    )
+    compile_decoder: bool | None = _option(
+        None,
+        "LTX2_COMPILE_DECODER",
+        "torch.compile the video decoder as well (default: on a GPU, with --compile)",
+        flag="--compile-decoder",
+    )
     deterministic: bool = _option(
         True,
         "LTX2_DETERMINISTIC",
@@ -219,8 +231,26 @@ class Settings(BaseModel):
     enable_optimizations: bool = _option(
         False,
         "LTX2_ENABLE_OPTIMIZATIONS",
-        "NVFP4 quantization of the transformer; needs a Blackwell GPU",
+        "quantize the transformer: NVFP4 on Blackwell, FP8 on Ada and Hopper; faster and smaller, not the same videos",
         flag="--enable-optimizations",
+    )
+
+    video_codec: VideoCodec = _option(
+        "libx264", "LTX2_VIDEO_CODEC", "encoder of the MP4: libx264 or libx265", flag="--video-codec"
+    )
+    video_preset: VideoPreset = _option(
+        "veryfast",
+        "LTX2_VIDEO_PRESET",
+        "the encoder's trade of time for size, from ultrafast to veryslow",
+        flag="--video-preset",
+    )
+    video_quality: int = _option(
+        18,
+        "LTX2_VIDEO_QUALITY",
+        "constant rate factor of the encoder: 0 is lossless, 18 hard to tell from the original, 51 the worst",
+        flag="--video-quality",
+        ge=0,
+        le=51,
     )
 
     cache_policy: Literal["strict", "warn"] = _option(
@@ -273,7 +303,9 @@ class Settings(BaseModel):
         "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR; prompts are logged at DEBUG only", flag="--log-level"
     )
 
-    @field_validator("pool_mode", "warm", "compile", "deterministic", "enable_optimizations", mode="before")
+    @field_validator(
+        "pool_mode", "warm", "compile", "compile_decoder", "deterministic", "enable_optimizations", mode="before"
+    )
     @classmethod
     def _boolean(cls, value: object) -> object:
         if isinstance(value, str):
@@ -307,7 +339,10 @@ class Settings(BaseModel):
             compile=self.compile,
             attention_backend=self.attention_backend,
             deterministic=self.deterministic,
-            quantization="NVFP4" if self.enable_optimizations else None,
+            attention_kernel=self.attention_kernel,
+            compile_decoder=self.compile_decoder,
+            quantization="auto" if self.enable_optimizations else None,
+            video=VideoSettings(codec=self.video_codec, preset=self.video_preset, quality=self.video_quality),
         )
 
     @property
@@ -334,7 +369,14 @@ class Settings(BaseModel):
         return Path(tempfile.mkdtemp(prefix="worker-", dir=self.run_dir))
 
 
-RECIPE = ("compile", "attention_backend", "deterministic", "enable_optimizations")
+RECIPE = (
+    "compile",
+    "attention_backend",
+    "attention_kernel",
+    "compile_decoder",
+    "deterministic",
+    "enable_optimizations",
+)
 """The settings that decide the recipe: warm-up and worker must agree on them."""
 STARTING = ("spawn", "weights")
 """The settings that decide how a shape process starts; they change no key and no byte."""
@@ -360,7 +402,7 @@ def argument_parser(prog: str, description: str, only: Collection[str] = ()) -> 
             continue
         default = "" if field.default is None else f"; default {_shown(field.default)}"
         text = f"{field.description} [{env}{default}]".replace("%", "%%")
-        if field.annotation is bool:
+        if field.annotation in (bool, bool | None):
             parser.add_argument(flag, dest=name, default=None, action=argparse.BooleanOptionalAction, help=text)
         else:
             assert isinstance(field.json_schema_extra, dict)

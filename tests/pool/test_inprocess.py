@@ -34,7 +34,7 @@ ENDS = {"exit": SystemExit(5), "stop": StopIteration("on purpose")}
 class Generator:
     """Takes steps for as long as the prompt says; a deaf one does not listen in between."""
 
-    def generate(self, asked, on_phase, on_step):
+    def generate(self, asked, sink, on_phase, on_step):
         word, _, seconds = asked.prompt.partition(" ")
         on_phase("text")
         on_phase("denoise")
@@ -52,7 +52,6 @@ class Generator:
                 on_step(0, 1)
             time.sleep(0.005)
         on_phase("decode")
-        return imaginary.Clip(asked)
 
 
 @pytest.fixture

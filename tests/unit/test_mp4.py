@@ -2,42 +2,93 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+import torch
 
 from ltx2_pool.model import mp4
-from ltx2_pool.model.mp4 import Clip
+from ltx2_pool.model.decoder import planes
 from ltx2_pool.tools import contactsheet
+from ltx2_pool.words.recipe import VideoSettings
+from ltx2_pool.words.requests import Job
+from ltx2_pool.words.shapes import Shape
 
 RANDOM = np.random.default_rng(0)
-FRAMES = RANDOM.integers(0, 255, (9, 64, 96, 3), dtype=np.uint8)
+PICTURES = RANDOM.integers(16, 235, (9, 96, 96), dtype=np.uint8)
+JOB = Job("a", Shape(96, 64, 9), "a fox", 1, 2, 1.0, 24)
 
 
-def encoded(tmp_path: Path, clip: Clip, comment: str = "") -> bytes:
+def encoded(
+    tmp_path: Path, audio: np.ndarray | None = None, pictures=(PICTURES[:4], PICTURES[4:]), **settings
+) -> bytes:
     path = tmp_path / "clip.mp4"
-    mp4.encode(clip, path, comment)
+    with mp4.Encoder(path, JOB, VideoSettings(**settings)) as encoder:
+        if audio is not None:
+            encoder.audio(audio, 24000)
+        for part in pictures:
+            encoder.frames(part)
+        encoder.finish()
     return path.read_bytes()
 
 
 @pytest.mark.parametrize("audio_shape", [(7920,), (7920, 1), (7920, 2), (2, 7920), (1, 2, 7920)])
 def test_video_and_audio_come_out_as_they_went_in(tmp_path, audio_shape):
     audio = (0.1 * RANDOM.standard_normal(audio_shape)).astype(np.float32)
-    info = mp4.probe(encoded(tmp_path, Clip(FRAMES, 24, audio, 24000), "seed=1"))
+    info = mp4.probe(encoded(tmp_path, audio))
     assert (info.width, info.height, info.num_frames, info.fps) == (96, 64, 9, 24)
     assert info.audio_channels == (2 if 2 in audio_shape else 1)
     assert info.audio_sample_rate == 24000
-    assert info.comment == "seed=1"
+    assert info.comment == JOB.comment
 
 
 def test_a_silent_clip(tmp_path):
-    assert mp4.probe(encoded(tmp_path, Clip(FRAMES, 24))).audio_channels == 0
+    assert mp4.probe(encoded(tmp_path)).audio_channels == 0
 
 
-def test_the_same_clip_gives_the_same_bytes_under_load(tmp_path):
-    """The encoder's own colour conversion runs on several threads and was seen to vary."""
+@pytest.mark.parametrize("settings", [{"codec": "libx265"}, {"preset": "medium"}, {"quality": 40}])
+def test_the_operator_decides_how_it_is_encoded(tmp_path, settings):
+    videos = [encoded(tmp_path, **settings) for _ in range(2)]
+    assert mp4.probe(videos[0]).num_frames == 9
+    assert videos[0] == videos[1] != encoded(tmp_path)
+
+
+def test_colours_come_out_as_they_went_in(tmp_path):
+    """The decoder's matrix is the one that the file names, so that every player shows the same colours."""
+    colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1], [-1, -1, -1], [0.5, 0, -0.3]])
+    stripes = colours.repeat_interleave(16, dim=0).T[None, :, None, None, :].expand(1, 3, 9, 64, 96)
+    data = encoded(tmp_path, pictures=[planes(stripes).numpy()], quality=0)
+    with av.open(io.BytesIO(data)) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range) == (1, 1)
+        picture = frame.to_ndarray(format="rgb24")
+    expected = ((colours + 1) / 2 * 255).round().numpy()
+    assert np.abs(picture[32, 8::16].astype(float) - expected).max() <= 3
+
+
+@pytest.mark.parametrize("when", ["while it is made", "at the end"])
+def test_a_file_that_cannot_be_written_is_an_error_and_not_a_hang(when):
+    with pytest.raises(OSError), mp4.Encoder(Path("/dev/full"), JOB, VideoSettings()) as encoder:
+        while when == "while it is made":
+            encoder.frames(PICTURES)
+        encoder.frames(PICTURES)
+        encoder.finish()
+
+
+def test_what_is_abandoned_ends_its_thread(tmp_path):
+    threads = threading.active_count()
+    with pytest.raises(KeyError), mp4.Encoder(tmp_path / "a.mp4", JOB, VideoSettings()) as encoder:
+        encoder.frames(PICTURES)
+        raise KeyError
+    assert threading.active_count() == threads
+
+
+def test_the_same_frames_give_the_same_bytes_under_load(tmp_path):
+    """However they come: the parts are what the decoder had memory for."""
     audio = (0.1 * RANDOM.standard_normal((2, 7920))).astype(np.float32)
     done = threading.Event()
 
@@ -49,7 +100,8 @@ def test_the_same_clip_gives_the_same_bytes_under_load(tmp_path):
     for thread in threads:
         thread.start()
     try:
-        assert len({encoded(tmp_path, Clip(FRAMES, 24, audio, 24000)) for _ in range(60)}) == 1
+        cuts = (range(9), [0], [0, 1], [0, 8])
+        assert len({encoded(tmp_path, audio, np.split(PICTURES, cuts[i % 4][1:])) for i in range(60)}) == 1
     finally:
         done.set()
         for thread in threads:
@@ -64,10 +116,10 @@ def test_what_is_no_video_is_refused(data):
 
 def test_audio_of_many_channels_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no mono or stereo"):
-        encoded(tmp_path, Clip(FRAMES, 24, np.zeros((100, 6), np.float32), 24000))
+        encoded(tmp_path, np.zeros((100, 6), np.float32))
 
 
 def test_a_contact_sheet_is_a_png(tmp_path):
     path = tmp_path / "sheets" / "sheet.png"
-    contactsheet.write(path, [("one", encoded(tmp_path, Clip(FRAMES, 24)))], "title")
+    contactsheet.write(path, [("one", encoded(tmp_path))], "title")
     assert path.read_bytes().startswith(b"\x89PNG")
