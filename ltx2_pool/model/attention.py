@@ -15,7 +15,7 @@ from fastvideo.attention.backends import sdpa
 from ltx2_pool.words.recipe import AttentionKernel
 
 LONG = 1024
-"""Tokens. cuDNN's kernel is the faster one for long sequences of queries and keys; for others there is little to win."""
+"""Tokens. cuDNN's kernel is the faster one for long sequences of queries and keys; there is little to win elsewhere."""
 
 
 def use(kernel: AttentionKernel) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from fastvideo.models.vaes.ltx2vae import (
     CausalConv3d,
     DepthToSpaceUpsample,
@@ -160,7 +159,8 @@ def _convolution(module: CausalConv3d) -> _Convolution:
 def _compiled(function: Callable[..., Any], options: Mapping[str, Any] | None) -> Callable[..., Any]:
     if options is None:
         return function
-    return torch.compile(function, fullgraph=True, dynamic=False, options=dict(options))
+    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=dict(options))
+    return compiled
 
 
 def _enter(
@@ -270,5 +270,8 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding
 
 
 def _to_space(x: torch.Tensor, stride: tuple[int, int, int]) -> torch.Tensor:
-    p1, p2, p3 = stride
-    return rearrange(x, "b (c p1 p2 p3) d h w -> b c (d p1) (h p2) (w p3)", p1=p1, p2=p2, p3=p3)
+    """[1, channels * t * y * x, frames, height, width] as [1, channels, frames * t, height * y, width * x]."""
+    t, y, z = stride
+    _, channels, frames, height, width = x.shape
+    parts = x.reshape(1, channels // (t * y * z), t, y, z, frames, height, width)
+    return parts.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(1, -1, frames * t, height * y, width * z)

@@ -1,4 +1,4 @@
-"""FastVideo's LTX-2 pipeline in this process: the only module that imports fastvideo and torch.
+"""FastVideo's LTX-2 pipeline in this process.
 
 Everything that touches a compile key goes through here, whoever asks: a shape process, the in-process generator, the
 warm-up. Import it only after :meth:`ltx2_pool.words.recipe.Recipe.environment` has been applied to ``os.environ``.
@@ -11,7 +11,6 @@ import itertools
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,18 +37,16 @@ from fastvideo.api.schema import (
     PipelineSelection,
     QuantizationConfig,
 )
-from fastvideo.distributed import maybe_init_distributed_environment_and_model_parallel
-from fastvideo.distributed.parallel_state import get_local_torch_device
 from fastvideo.entrypoints.video_generator import VideoGenerator
 from fastvideo.fastvideo_args import FastVideoArgs
-from fastvideo.pipelines import ForwardBatch, build_pipeline
+from fastvideo.pipelines import ForwardBatch
 from fastvideo.pipelines.basic.ltx2.stages import ltx2_denoising
 from fastvideo.utils import shallow_asdict
-from fastvideo.worker.executor import Executor
 from torch._inductor.codecache import torch_key
 
 from ltx2_pool.model import attention
 from ltx2_pool.model.decoder import StreamingDecoder, obstacle, planes
+from ltx2_pool.model.executor import InProcessExecutor
 from ltx2_pool.model.faults import is_compile_failure as is_compile_failure
 from ltx2_pool.model.faults import is_fatal as is_fatal
 from ltx2_pool.model.faults import is_out_of_memory as is_out_of_memory
@@ -98,56 +95,6 @@ def compiled_so_far() -> Compiled:
         autograd_misses=autograd["autograd_cache_miss"],
         bypasses=inductor["fxgraph_cache_bypass"] + autograd["autograd_cache_bypass"],
     )
-
-
-class InProcessExecutor(Executor):  # type: ignore[misc]
-    """Runs the pipeline in the calling process.
-
-    FastVideo's stock ``mp`` executor (worker/multiproc_executor.py: WorkerMultiprocProc.worker_main) starts a second
-    process that sends its parent SIGQUIT on any exception, a refused parameter included. Here it is an exception.
-    """
-
-    modules: dict[str, Any] | None = None
-    """Modules to use instead of loading them; set on a subclass by :func:`build_generator`."""
-
-    def _init_executor(self) -> None:
-        args: FastVideoArgs = self.fastvideo_args
-        # As FastVideo's worker/gpu_worker.py: Worker.init_device does for rank 0 of 1.
-        os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", TORCH_NCCL_AVOID_RECORD_STREAMS="1")
-        device = get_local_torch_device()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        args.finalize_device_offload_policy(device.index or 0)
-        with tempfile.TemporaryDirectory(prefix="ltx2-rendezvous-") as rendezvous:
-            # A file, not a TCP port: processes that start together cannot race for it.
-            maybe_init_distributed_environment_and_model_parallel(1, 1, f"file://{rendezvous}/store")
-        if self.modules is None:
-            self.pipeline = build_pipeline(args)
-        else:
-            from fastvideo.pipelines.basic.ltx2.ltx2_pipeline import LTX2Pipeline
-
-            self.pipeline = LTX2Pipeline(args.model_path, args, loaded_modules=self.modules)
-        self.pipeline.post_init()
-
-    def execute_forward(self, forward_batch: ForwardBatch, fastvideo_args: FastVideoArgs) -> ForwardBatch:
-        return self.pipeline.forward(forward_batch, fastvideo_args)
-
-    def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError("one process: call the pipeline")
-
-    def set_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("LoRA adapters change compile keys and are not served")
-
-    unmerge_lora_weights = merge_lora_weights = set_lora_adapter
-
-    def set_log_queue(self, log_queue: Any) -> None:
-        """Nothing to forward: the logs are this process's own."""
-
-    def clear_log_queue(self) -> None:
-        """See :meth:`set_log_queue`."""
-
-    def shutdown(self) -> None:
-        """Nothing to stop: the process owns the pipeline for life."""
 
 
 class Sink(Protocol):

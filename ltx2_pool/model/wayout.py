@@ -47,4 +47,5 @@ class WayOut:
 
 def _taken(buffer: torch.Tensor, arrived: torch.cuda.Event) -> npt.NDArray[np.uint8]:
     arrived.synchronize()
-    return buffer.numpy().copy()
+    array: npt.NDArray[np.uint8] = buffer.numpy().copy()
+    return array

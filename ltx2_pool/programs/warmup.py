@@ -19,10 +19,11 @@ from ltx2_pool.caches.bake import BakeError, Baker, Report
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.words import device as devices
-from ltx2_pool.words import settings
+from ltx2_pool.words import flags
 from ltx2_pool.words.device import DeviceError
 from ltx2_pool.words.extras import extra
 from ltx2_pool.words.recipe import RecipeError, VideoSettings
+from ltx2_pool.words.settings import SettingsError
 from ltx2_pool.words.shapes import Menu, MenuError, Shape
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ SILENCE = 300.0
 
 
 def main() -> int:
-    parser = settings.argument_parser(
-        "warmup.py", __doc__ or "", only=("model", "shapes", "cache_root", *settings.RECIPE, *settings.STARTING)
+    parser = flags.argument_parser(
+        "warmup.py", __doc__ or "", only=("model", "shapes", "cache_root", *flags.RECIPE, *flags.STARTING)
     )
     parser.add_argument("--only", nargs="+", metavar="KEY", help="bake these shapes only, for instance 768x512@121f")
     parser.add_argument("--force", action="store_true", help="bake again what is baked already")
@@ -56,14 +57,14 @@ def main() -> int:
     if arguments.jobs < 1 or arguments.timeout <= 0:
         parser.error("--jobs and --timeout must be positive")
     try:
-        chosen = settings.load(arguments, os.environ)
+        chosen = flags.load(arguments, os.environ)
         menu = Menu.load(chosen.shapes)
         shapes = [menu.get(key) for key in arguments.only] if arguments.only else list(menu.shapes)
         chosen.check_model()
         # The bake's videos are hashed: they are made alike, whatever the operator serves.
         recipe = chosen.recipe.model_copy(update={"video": VideoSettings()})
         recipe.on(devices.visible()[0].capability)
-    except (settings.SettingsError, MenuError, RecipeError, DeviceError) as error:
+    except (SettingsError, MenuError, RecipeError, DeviceError) as error:
         parser.error(str(error))
     except KeyError as error:
         parser.error(error.args[0])

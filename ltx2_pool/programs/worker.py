@@ -18,7 +18,7 @@ from ltx2_pool.serving import assembly, exits
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.traffic import Traffic, to_prewarm
 from ltx2_pool.words import device as devices
-from ltx2_pool.words import settings as settings_module
+from ltx2_pool.words import flags
 from ltx2_pool.words.device import Device, DeviceError
 from ltx2_pool.words.extras import extra, missing_for
 from ltx2_pool.words.recipe import RecipeError
@@ -30,7 +30,7 @@ PROGRAM = "ltx2-worker"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, serve; the exit status."""
-    parser = settings_module.argument_parser(PROGRAM, __doc__ or "")
+    parser = flags.argument_parser(PROGRAM, __doc__ or "")
     parser.add_argument(
         "--plan", action="store_true", help="print what would be started (shapes, K, memory, caches) and start nothing"
     )
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ltx2_pool.tools import statusview
         return statusview.main(os.environ.get("DYN_SYSTEM_PORT", ""))
     try:
-        settings = settings_module.load(arguments, os.environ)
+        settings = flags.load(arguments, os.environ)
     except SettingsError as error:
         parser.error(str(error))
     if arguments.command == "doctor":

@@ -76,7 +76,7 @@ class Recipe(BaseModel):
         quantization = self.quantization
         if quantization == "auto":
             quantization = "NVFP4" if major >= 10 else "FP8"
-        if quantization is not None and 0 < major and (major, minor) < (8, 9):
+        if quantization is not None and major > 0 and (major, minor) < (8, 9):
             raise RecipeError(
                 f"a GPU of compute capability {capability} has no FP8: leave --enable-optimizations "
                 "(LTX2_ENABLE_OPTIMIZATIONS) off, or use Ada (8.9) or newer"

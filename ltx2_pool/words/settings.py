@@ -1,17 +1,15 @@
-"""Every environment variable and flag of the worker, validated once into one frozen object."""
+"""Every setting of the worker, validated once into one frozen object."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ltx2_pool.words.recipe import AttentionKernel, Recipe, RecipeError, VideoCodec, VideoPreset, VideoSettings
+from ltx2_pool.words.recipe import AttentionKernel, Recipe, VideoCodec, VideoPreset, VideoSettings
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -213,7 +211,7 @@ class Settings(BaseModel):
     attention_kernel: AttentionKernel | None = _option(
         None,
         "LTX2_ATTENTION_KERNEL",
-        "cudnn, or torch: whatever torch chooses (default: the fastest exact one for the GPU, cudnn on Hopper and B200)",
+        "cudnn, or torch: whatever torch chooses (default: the fastest exact one, cudnn on Hopper and B200)",
         flag="--attention-kernel",
     )
     compile_decoder: bool | None = _option(
@@ -369,69 +367,5 @@ class Settings(BaseModel):
         return Path(tempfile.mkdtemp(prefix="worker-", dir=self.run_dir))
 
 
-RECIPE = (
-    "compile",
-    "attention_backend",
-    "attention_kernel",
-    "compile_decoder",
-    "deterministic",
-    "enable_optimizations",
-)
-"""The settings that decide the recipe: warm-up and worker must agree on them."""
-STARTING = ("spawn", "weights")
-"""The settings that decide how a shape process starts; they change no key and no byte."""
-
-
 class SettingsError(ValueError):
     """A setting that cannot be used. The message names the flag and the variable."""
-
-
-def _spelling(name: str) -> tuple[str, str | None]:
-    extra = Settings.model_fields[name].json_schema_extra
-    assert isinstance(extra, dict)
-    flag = extra["flag"]
-    return str(extra["env"]), str(flag) if flag else None
-
-
-def argument_parser(prog: str, description: str, only: Collection[str] = ()) -> argparse.ArgumentParser:
-    """A parser with one flag for each setting (of `only`, when given); its help names the variable and the default."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    for name, field in Settings.model_fields.items():
-        env, flag = _spelling(name)
-        if flag is None or (only and name not in only):
-            continue
-        default = "" if field.default is None else f"; default {_shown(field.default)}"
-        text = f"{field.description} [{env}{default}]".replace("%", "%%")
-        if field.annotation in (bool, bool | None):
-            parser.add_argument(flag, dest=name, default=None, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            assert isinstance(field.json_schema_extra, dict)
-            usual = {int: "N", float: "SECONDS", Path: "PATH"}.get(field.annotation or str, "VALUE")
-            metavar = str(field.json_schema_extra["metavar"] or usual)
-            parser.add_argument(flag, dest=name, default=None, metavar=metavar, help=text)
-    return parser
-
-
-def _shown(value: object) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def load(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-    """Merge flags over environment. Raises SettingsError with the first setting that is wrong."""
-    values: dict[str, Any] = {}
-    for name in Settings.model_fields:
-        env, _ = _spelling(name)
-        given = getattr(arguments, name, None)
-        if given is not None:
-            values[name] = given
-        elif environ.get(env):
-            values[name] = environ[env]
-    if not values.get("model"):
-        raise SettingsError("--model (LTX2_MODEL) is required: the directory of an LTX-2 checkpoint")
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        env, flag = _spelling(str(first["loc"][0]))
-        spelled = f"{flag} ({env})" if flag else env
-        raise SettingsError(f"{spelled}: {first['msg']}, not {first['input']!r}") from error

@@ -15,7 +15,7 @@ from dynamo.runtime import DistributedRuntime
 
 from ltx2_pool.serving import endpoint, exits
 from ltx2_pool.serving.traffic import Traffic
-from ltx2_pool.words import settings as settings_module
+from ltx2_pool.words import flags
 from ltx2_pool.words.shapes import Menu
 from tests.serving.made_up import Counts, MadeUpPool
 
@@ -31,7 +31,7 @@ async def steer(pool: MadeUpPool, directory: Path) -> None:
 
 
 async def serve(directory: Path, last_resort: exits.LastResort) -> int:
-    settings = settings_module.load(argparse.Namespace(), os.environ)
+    settings = flags.load(argparse.Namespace(), os.environ)
     runtime = DistributedRuntime(asyncio.get_running_loop(), settings.discovery, "tcp")
     pool = MadeUpPool(directory)
     if (directory / "not ready").exists():

@@ -12,7 +12,7 @@ import pynvml
 from ltx2_pool.processes import lock
 from ltx2_pool.tools import doctor, stack
 from ltx2_pool.tools.stack import free_port
-from ltx2_pool.words import device, settings
+from ltx2_pool.words import device, flags
 from tests.paths import REPOSITORY
 from tests.unit.fake_pynvml import Gpu, install
 
@@ -26,8 +26,8 @@ def examine(tmp_path, **environment):
         "DYN_FILE_KV": str(tmp_path),
         **environment,
     }
-    arguments = settings.argument_parser("worker.py", "").parse_args([])
-    return {f.what: f for f in doctor.examine(settings.load(arguments, environment), environment)}
+    arguments = flags.argument_parser("worker.py", "").parse_args([])
+    return {f.what: f for f in doctor.examine(flags.load(arguments, environment), environment)}
 
 
 def test_what_is_fit_is_ok_and_what_is_not_has_a_cure(tmp_path):

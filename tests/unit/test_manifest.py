@@ -11,7 +11,7 @@ import pytest
 from ltx2_pool.caches import bake, manifest
 from ltx2_pool.caches.manifest import Binding, Manifest
 from ltx2_pool.words.protocol import Memory
-from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.recipe import Recipe, VideoSettings
 from ltx2_pool.words.shapes import CacheDirs, Shape
 
 SHAPE = Shape(64, 64, 9)
@@ -44,6 +44,7 @@ def cache(tmp_path: Path, recipe: Recipe) -> CacheDirs:
             job={},
             video_sha256="00",
             memory=Memory(resident=1, peak=2),
+            attention_kernels=[],
             files=manifest.list_files(dirs),
         ),
     )
@@ -89,6 +90,8 @@ def test_another_configuration_of_the_model_is_another_binding(cache, recipe):
         {"deterministic": False},
         {"compile_mode": "max-autotune"},
         {"compile_fullgraph": True},
+        {"attention_kernel": "cudnn"},
+        {"compile_decoder": True},
     ],
 )
 def test_another_recipe_is_refused_by_name(cache, recipe, change):
@@ -145,3 +148,15 @@ def test_two_warm_ups_do_not_share_a_root(tmp_path):
         pass
     with bake.lock(tmp_path):
         pass
+
+
+def test_the_attention_kernels_are_read_in_the_code_that_was_baked(cache):
+    assert manifest.attention_kernels(cache) == []
+    code = "buf = torch.ops.aten._scaled_dot_product_{}_attention.default(q, k, v)\n"
+    for name in ("cudnn", "flash"):
+        (cache.torchinductor / "aa" / f"{name}.py").write_text(2 * code.format(name))
+    assert manifest.attention_kernels(cache) == [f"_scaled_dot_product_{name}_attention" for name in ("cudnn", "flash")]
+
+
+def test_how_videos_are_encoded_is_no_part_of_it(cache, recipe):
+    assert found(cache, recipe.model_copy(update={"video": VideoSettings(quality=30)})) == []

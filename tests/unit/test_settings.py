@@ -11,7 +11,7 @@ import pytest
 
 from ltx2_pool.serving.traffic import Traffic, to_prewarm
 from ltx2_pool.tools import stack
-from ltx2_pool.words import settings
+from ltx2_pool.words import flags
 from ltx2_pool.words.settings import Settings, SettingsError
 from ltx2_pool.words.shapes import Menu, Shape
 
@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(*argv: str, **environ: str) -> Settings:
-    parser = settings.argument_parser("ltx2-worker", "")
+    parser = flags.argument_parser("ltx2-worker", "")
     try:
-        return settings.load(parser.parse_args(argv), environ)
+        return flags.load(parser.parse_args(argv), environ)
     except SettingsError as error:
         parser.error(str(error))
 
@@ -74,7 +74,7 @@ def test_help_names_every_variable_and_is_quick():
         [sys.executable, str(ROOT / "worker.py"), "--help"], capture_output=True, text=True, check=True, timeout=30
     ).stdout
     for name, field in Settings.model_fields.items():
-        env, flag = settings._spelling(name)
+        env, flag = flags.spelling(name)
         if flag:
             assert env in shown.replace("\n", " "), env
             assert field.description

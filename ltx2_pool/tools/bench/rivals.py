@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +42,11 @@ TIMEOUT = 1800.0
 
 class RivalError(Exception):
     """One of the ways could not make its videos. The message ends with what its process printed."""
+
+    def __init__(self, message: str, found: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.found = found
+        """What it had measured until then."""
 
 
 def run(
@@ -79,26 +86,27 @@ def _apart(
     command = [sys.executable, "-m", "ltx2_pool.tools.bench.rivals", json.dumps(asked)]
     found: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, pass_fds=()
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
         assert process.stdout is not None
+        overdue = threading.Timer(TIMEOUT, process.kill)
+        overdue.start()
         try:
             for line in process.stdout:
                 if not line.startswith(_MARK):
                     continue
                 what, value = json.loads(line.removeprefix(_MARK))
+                if what == "done":  # what it has started, torch's compilers for one, may keep the pipe for longer
+                    return found
                 if what == "doing":
                     tell(f"{way}: {value}")
                 else:
                     found.setdefault(what, {}).update(value)
-            if process.wait(60):
-                log.seek(0)
-                raise RivalError(f"{way} ended with status {process.returncode}:\n{log.read()[-3000:]}")
+            log.seek(0)
+            raise RivalError(f"{way} ended with status {process.wait()}:\n{log.read()[-3000:]}", found)
         finally:
+            overdue.cancel()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
-    return found
 
 
 _MARK = "@rival "
@@ -122,6 +130,7 @@ def main() -> None:
         if asked["way"] == "pool, quantized":
             recipe = recipe.model_copy(update={"quantization": "auto"})
         asyncio.run(_pool(recipe, jobs, asked["repeat"], root / asked["way"].replace(", ", "-")))
+    _say("done", {})
 
 
 Make = Callable[[Job], dict[str, float]]
@@ -170,11 +179,11 @@ def _stock(recipe: Recipe, root: Path) -> Iterator[Make]:
     else:
         from fastvideo.api.compat import generator_config_to_fastvideo_args
 
-        from ltx2_pool.model import engine
+        from ltx2_pool.model import engine, executor
 
         engine.prepare_platform()
         generator = VideoGenerator(
-            generator_config_to_fastvideo_args(config), engine.InProcessExecutor, log_stats=False
+            generator_config_to_fastvideo_args(config), executor.InProcessExecutor, log_stats=False
         )
 
     def make(job: Job) -> dict[str, float]:
@@ -218,7 +227,7 @@ def _in_process(recipe: Recipe, root: Path) -> Iterator[Make]:
                 enter("encode")
                 encoder.finish()
             enter("")
-            return {name: after - begin for (name, begin), (_, after) in zip(phases, phases[1:], strict=False)}
+            return {name: after - begin for (name, begin), (_, after) in itertools.pairwise(phases)}
 
         yield make
 
@@ -279,7 +288,7 @@ def ratio(result: dict[str, Any], way: str, shape: str, baseline: str = "stock")
         a, b = (statistics.median(result["ways"][name][shape]["steady_s"]) for name in (way, baseline))
     except KeyError:
         return None
-    return a / b
+    return float(a / b)
 
 
 if __name__ == "__main__":
