@@ -49,7 +49,6 @@ class Binding(BaseModel):
     compile_fullgraph: bool
     attention_backend: str
     attention_kernel: str
-    compile_decoder: bool
     deterministic: bool
     quantization: str | None
     model_config_digest: str

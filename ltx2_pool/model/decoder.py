@@ -6,13 +6,14 @@ convolution keeps the last two frames that it saw, and goes on from them. What i
 upsampling, is done in windows of some frames; what comes before is small, and is done at once. So memory is that of a
 window, and the first frames are on their way to the encoder while later ones are decoded.
 
-The functions below are pure, so that blocks of one size share one compiled graph, whichever weights they have.
+Nothing here is compiled for a shape. Between two convolutions everything is one pass over the frames, a kernel of our
+own on a GPU (:mod:`ltx2_pool.model.kernels`), so that a shape costs no tracing, and a cache holds nothing of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,15 +30,11 @@ from fastvideo.models.vaes.ltx2vae import (
 WINDOW_PIXELS = 1 << 25
 """Pixels of a window's frames: 16 frames of 1920x1088, 85 of 768x512. Its largest tensors then have 0.5 GiB."""
 
+EPSILON = 1e-8
+"""Of PixelNorm."""
+
 Carry = tuple[torch.Tensor, ...] | None
 """The last two frames that each convolution of a block has seen; None before the first window."""
-
-
-@dataclass(frozen=True)
-class _Convolution:
-    weight: torch.Tensor
-    bias: torch.Tensor
-    padding: str
 
 
 def obstacle(vae: LTX2CausalVideoAutoencoder) -> str | None:
@@ -69,25 +66,23 @@ def _is_plain(block: Any) -> bool:
 
 
 class StreamingDecoder:
-    """Turns latents into frames, some at a time. `options` are torch.compile's; None for no compilation.
+    """Turns latents into frames, some at a time.
 
     Raises ValueError for a decoder that cannot be streamed: see :func:`obstacle`.
     """
 
-    def __init__(self, vae: LTX2CausalVideoAutoencoder, options: Mapping[str, Any] | None) -> None:
+    def __init__(self, vae: LTX2CausalVideoAutoencoder) -> None:
         if reason := obstacle(vae):
             raise ValueError(f"this decoder cannot be streamed: {reason}")
         decoder = vae.decoder
         self._statistics = decoder.per_channel_statistics
         self._patch_size: int = decoder.patch_size
-        self._conv_in = _convolution(decoder.conv_in)
-        self._conv_out = _convolution(decoder.conv_out)
+        self._enter = _Convolution(decoder.conv_in)
+        self._leave = _Convolution(decoder.conv_out)
         blocks = list(decoder.up_blocks)
         last = max(index for index, block in enumerate(blocks) if isinstance(block, DepthToSpaceUpsample))
-        self._enter = _compiled(_enter, options)
-        self._head = [step for block in blocks[:last] for step in _steps(block, options)]
-        self._tail = [step for block in blocks[last:] for step in _steps(block, options)]
-        self._leave = _compiled(_leave, options)
+        self._head = [step for block in blocks[:last] for step in _steps(block)]
+        self._tail = [step for block in blocks[last:] for step in _steps(block)]
 
     def frames(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """All frames in their order, some at a time: uint8 [frames, height * 3 / 2, width] on the latents' device,
@@ -95,16 +90,17 @@ class StreamingDecoder:
 
         `latents` are [1, channels, frames, height, width], normalized, as the transformer leaves them.
         """
-        weight = self._conv_in.weight
-        latents = latents.contiguous(memory_format=torch.channels_last_3d)
-        std = self._statistics.get_buffer("std-of-means").float()
-        mean = self._statistics.get_buffer("mean-of-means").float()
-        x = self._enter(latents, std, mean, weight, self._conv_in.bias, self._conv_in.padding)
+        std = self._statistics.get_buffer("std-of-means").float().view(1, -1, 1, 1, 1)
+        mean = self._statistics.get_buffer("mean-of-means").float().view(1, -1, 1, 1, 1)
+        # As PerChannelStatistics.un_normalize, but in float32.
+        x = (latents.float() * std + mean).to(self._enter.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+        x, _ = self._enter(x, None, True)
         for step in self._head:
             x, _ = step(x, None, True)
         length = self._window(x)
         starts = range(0, x.shape[2], length)
-        carries: list[Carry] = [None] * (len(self._tail) + 1)
+        carries: list[Carry] = [None] * len(self._tail)
+        before = None
         for start in starts:
             last = start == starts[-1]
             y = x[:, :, start : start + length]
@@ -112,9 +108,8 @@ class StreamingDecoder:
                 del x
             for index, step in enumerate(self._tail):
                 y, carries[index] = step(y, carries[index], last)
-            out = self._conv_out
-            y, carries[-1] = self._leave(y, carries[-1], last, out.weight, out.bias, out.padding, self._patch_size)
-            yield y
+            y, before = self._leave(y, before, last, activated=True)
+            yield planes(unpatchify(y, self._patch_size))
 
     def _window(self, x: torch.Tensor) -> int:
         """How many frames of `x`, what enters the tail, are a window."""
@@ -131,102 +126,63 @@ Step = Callable[[torch.Tensor, Carry, bool], tuple[torch.Tensor, Carry]]
 last; returns the frames that can be said by now, and what to carry."""
 
 
-def _steps(block: Any, options: Mapping[str, Any] | None) -> Iterator[Step]:
+def _steps(block: Any) -> Iterator[Step]:
     if isinstance(block, DepthToSpaceUpsample):
-        yield _upsampling(block, _compiled(_upsample, options))
+        yield _Upsampling(block)
     else:
-        residual = _compiled(_residual, options)
-        for inner in block.res_blocks:
-            yield _residual_block(inner, residual)
+        yield from map(_Residual, block.res_blocks)
 
 
-def _upsampling(block: Any, function: Callable[..., Any]) -> Step:
-    c, stride = _convolution(block.conv), tuple(block.stride)
-    repeats = stride[0] * stride[1] * stride[2] // block.out_channels_reduction_factor if block.residual else 0
-    return lambda x, carry, last: function(x, carry, last, c.weight, c.bias, c.padding, stride, repeats)
+class _Convolution:
+    """CausalConv3d, not causal: it repeats the first frame before the video and the last one after it."""
+
+    def __init__(self, module: CausalConv3d) -> None:
+        self.weight, self._bias = module.conv.weight, module.conv.bias
+        self._reflect = module.conv.padding_mode == "reflect"
+
+    def __call__(
+        self, x: torch.Tensor, before: torch.Tensor | None, last: bool, *, activated: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A window after the two frames `before` it: what can be said of it by now, and what to know in the next."""
+        y = F.conv3d(padded(x, before, last, activated, self._reflect), self.weight, self._bias)
+        return y, _last_two(x, before)
 
 
-def _residual_block(block: Any, function: Callable[..., Any]) -> Step:
-    one, two = _convolution(block.conv1), _convolution(block.conv2)
-    return lambda x, carry, last: function(x, carry, last, one.weight, one.bias, two.weight, two.bias, one.padding)
-
-
-def _convolution(module: CausalConv3d) -> _Convolution:
-    conv = module.conv
-    return _Convolution(conv.weight, conv.bias, "reflect" if conv.padding_mode == "reflect" else "constant")
-
-
-def _compiled(function: Callable[..., Any], options: Mapping[str, Any] | None) -> Callable[..., Any]:
-    if options is None:
-        return function
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=dict(options))
-    return compiled
-
-
-def _enter(
-    latents: torch.Tensor, std: torch.Tensor, mean: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: str
-) -> torch.Tensor:
-    """The first convolution. As PerChannelStatistics.un_normalize, but in float32."""
-    x = latents.float() * std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
-    return _convolve(_extended(x.to(weight.dtype), True, True), weight, bias, padding)
-
-
-def _residual(
-    x: torch.Tensor,
-    carry: Carry,
-    last: bool,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    padding: str,
-) -> tuple[torch.Tensor, Carry]:
+class _Residual:
     """ResnetBlock3D. What it returns begins two frames before the window: one for each convolution."""
-    first = carry is None
-    seen = _seen(x, carry, 0)
-    inner = _activated(_convolve(_extended(_activated(seen), first, last), weight1, bias1, padding))
-    inner = _seen(inner, carry, 1)
-    y = _convolve(_extended(inner, first, last), weight2, bias2, padding)
-    return y + seen[:, :, : y.shape[2]], (_kept(seen), _kept(inner))
+
+    def __init__(self, block: Any) -> None:
+        self._one, self._two = _Convolution(block.conv1), _Convolution(block.conv2)
+
+    def __call__(self, x: torch.Tensor, carry: Carry, last: bool) -> tuple[torch.Tensor, Carry]:
+        before, before_inner = carry or (None, None)
+        inner, kept = self._one(x, before, last, activated=True)
+        y, kept_inner = self._two(inner, before_inner, last, activated=True)
+        _add(y, x, before)
+        return y, (kept, kept_inner)
 
 
-def _upsample(
-    x: torch.Tensor,
-    carry: Carry,
-    last: bool,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    padding: str,
-    stride: tuple[int, int, int],
-    repeats: int,
-) -> tuple[torch.Tensor, Carry]:
+class _Upsampling:
     """DepthToSpaceUpsample: space to the size, time to twice as many frames, without the very first of them."""
-    first = carry is None
-    seen = _seen(x, carry, 0)
-    y = _convolve(_extended(seen, first, last), weight, bias, padding)
-    begin = 0 if first else 1
-    same = seen[:, :, begin : begin + y.shape[2]]
-    y = _to_space(y, stride)
-    if repeats:
-        y = y + _to_space(same, stride).repeat(1, repeats, 1, 1, 1)
-    if first and stride[0] == 2:
-        y = y[:, :, 1:]
-    return y, (_kept(seen),)
 
+    def __init__(self, block: Any) -> None:
+        self._conv = _Convolution(block.conv)
+        self._stride: tuple[int, int, int] = tuple(block.stride)
+        self._repeats = math.prod(block.stride) // block.out_channels_reduction_factor if block.residual else 0
 
-def _leave(
-    x: torch.Tensor,
-    carry: Carry,
-    last: bool,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    padding: str,
-    patch_size: int,
-) -> tuple[torch.Tensor, Carry]:
-    """The last convolution, and from patches of colours to pictures."""
-    seen = _seen(_activated(x), carry, 0)
-    y = _convolve(_extended(seen, carry is None, last), weight, bias, padding)
-    return planes(unpatchify(y, patch_size)), (_kept(seen),)
+    def __call__(self, x: torch.Tensor, carry: Carry, last: bool) -> tuple[torch.Tensor, Carry]:
+        (before,) = carry or (None,)
+        y, kept = self._conv(x, before, last)
+        if self._repeats:
+            seen = x if before is None else torch.cat((before[:, :, 1:], x), dim=2)
+            same = _to_space(seen[:, :, : y.shape[2]], self._stride)
+            y = _to_space(y, self._stride)
+            y += same.repeat(1, self._repeats, 1, 1, 1)
+        else:
+            y = _to_space(y, self._stride)
+        if before is None and self._stride[0] == 2:
+            y = y[:, :, 1:]
+        return y, (kept,)
 
 
 def planes(x: torch.Tensor) -> torch.Tensor:
@@ -244,34 +200,42 @@ def planes(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1).round().to(torch.uint8).reshape(frames, height * 3 // 2, width)
 
 
-def _activated(x: torch.Tensor) -> torch.Tensor:
-    """PixelNorm and SiLU, in float32 as autocast has it."""
-    wide = x.float()
-    return F.silu(wide / torch.sqrt(wide.square().mean(dim=1, keepdim=True) + 1e-8)).to(x.dtype)
+def padded(x: torch.Tensor, before: torch.Tensor | None, last: bool, activated: bool, reflect: bool) -> torch.Tensor:
+    """What a convolution of 3 x 3 x 3 needs to see: the window `x` [1, channels, frames, height, width] after the two
+    frames `before` it (None: the first frame, once more), before the last frame once more if it is the `last`, and a
+    pixel more on all four sides. `activated`: all of it normalized and activated (PixelNorm and SiLU, in float32).
+    """
+    if x.is_cuda:
+        from ltx2_pool.model import kernels
+
+        return kernels.padded(x, before, last, activated, reflect)
+    x = torch.cat([x[:, :, :1] if before is None else before, x, *[x[:, :, -1:]] * last], dim=2)
+    if activated:
+        wide = x.float()
+        x = F.silu(wide / torch.sqrt(wide.square().mean(dim=1, keepdim=True) + EPSILON)).to(x.dtype)
+    return F.pad(x, (1, 1, 1, 1, 0, 0), mode="reflect" if reflect else "constant")
 
 
-def _seen(x: torch.Tensor, carry: Carry, index: int) -> torch.Tensor:
-    return x if carry is None else torch.cat((carry[index], x), dim=2)
+def _add(y: torch.Tensor, x: torch.Tensor, before: torch.Tensor | None) -> None:
+    """Add to each frame of `y` the frame that it was made of; `y` begins with the frames before the window."""
+    ahead = 0
+    if before is not None:
+        ahead = min(before.shape[2], y.shape[2])
+        y[:, :, :ahead] += before[:, :, :ahead]
+    y[:, :, ahead:] += x[:, :, : y.shape[2] - ahead]
 
 
-def _kept(x: torch.Tensor) -> torch.Tensor:
-    # A copy: a view would keep the whole window.
-    return x[:, :, -2:].clone(memory_format=torch.preserve_format)
-
-
-def _extended(x: torch.Tensor, first: bool, last: bool) -> torch.Tensor:
-    """As CausalConv3d pads time when it is not causal: by the first frame before, and the last one after."""
-    parts = [x[:, :, :1]] * first + [x] + [x[:, :, -1:]] * last
-    return torch.cat(parts, dim=2) if len(parts) > 1 else x
-
-
-def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: str) -> torch.Tensor:
-    return F.conv3d(F.pad(x, (1, 1, 1, 1, 0, 0), mode=padding), weight, bias)
+def _last_two(x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """A copy of the last two frames: a view would keep the whole window."""
+    if before is not None and x.shape[2] < 2:
+        return torch.cat((before, x), dim=2)[:, :, -2:].contiguous(memory_format=torch.channels_last_3d)
+    return x[:, :, -2:].clone(memory_format=torch.channels_last_3d)
 
 
 def _to_space(x: torch.Tensor, stride: tuple[int, int, int]) -> torch.Tensor:
     """[1, channels * t * y * x, frames, height, width] as [1, channels, frames * t, height * y, width * x]."""
     t, y, z = stride
     _, channels, frames, height, width = x.shape
-    parts = x.reshape(1, channels // (t * y * z), t, y, z, frames, height, width)
-    return parts.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(1, -1, frames * t, height * y, width * z)
+    pixels = x[0].permute(1, 2, 3, 0).reshape(frames, height, width, channels // (t * y * z), t, y, z)
+    pixels = pixels.permute(0, 4, 1, 5, 2, 6, 3).reshape(1, frames * t, height * y, width * z, -1)
+    return pixels.permute(0, 4, 1, 2, 3)  # channels last in memory, as the convolutions have them

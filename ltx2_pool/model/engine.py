@@ -64,9 +64,8 @@ OnPhase = Callable[[str], None]
 OnStep = Callable[[int, int], None]
 """Called before each denoise step with (steps done, steps in all); may raise Cancelled to stop there."""
 
-RECOMPILE_LIMIT = 256
-"""torch's limit of 8 compiled variants per code object is below a menu of ten shapes in one process: a residual block
-of the decoder alone has four sizes, one of them in up to three kinds of windows, for each."""
+RECOMPILE_LIMIT = 64
+"""torch's limit of 8 compiled variants per code object is below a menu of ten shapes in one process."""
 
 
 class Cancelled(Exception):
@@ -110,7 +109,7 @@ class Sink(Protocol):
 class Generator:
     """One loaded LTX-2 pipeline. Not thread-safe: one :meth:`generate` at a time."""
 
-    def __init__(self, video_generator: VideoGenerator, compile_options: Mapping[str, Any] | None) -> None:
+    def __init__(self, video_generator: VideoGenerator) -> None:
         self._args: FastVideoArgs = video_generator.fastvideo_args
         self._executor: InProcessExecutor = video_generator.executor
         self._on_phase: OnPhase = _ignore
@@ -127,7 +126,7 @@ class Generator:
         if reason := obstacle(vae):
             print(f"the video decoder runs as FastVideo has it, in tiles: {reason}", file=sys.stderr, flush=True)
         else:
-            self._decoder = StreamingDecoder(vae, compile_options)
+            self._decoder = StreamingDecoder(vae)
         self._way_out = WayOut()
 
     @property
@@ -207,7 +206,6 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.automatic_dynamic_shapes = False
     compile_config = CompileConfig(enabled=recipe.compile)
-    options: dict[str, Any] | None = None
     if recipe.compile:
         preload()
         compile_config.backend = "inductor"
@@ -229,7 +227,7 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     config = GeneratorConfig(recipe.model_path, engine=engine, pipeline=PipelineSelection(workload_type="t2v"))
     executor = type("BoundExecutor", (InProcessExecutor,), {"modules": modules})
     pipeline = VideoGenerator(generator_config_to_fastvideo_args(config), executor, log_stats=False)
-    generator = Generator(pipeline, options if recipe.compile_decoder else None)
+    generator = Generator(pipeline)
     # FastVideo loads Gemma (24 GB) at the first prompt; a process that says READY has it.
     gemma = generator.modules["text_encoder"].gemma_model
     if modules is not None:

@@ -98,6 +98,7 @@ class Encoder:
             video = container.add_stream(settings.codec, rate=job.fps, options=options)
             video.width, video.height, video.pix_fmt = job.shape.width, job.shape.height, "yuv420p"
             video.codec_context.thread_count = _THREADS
+            video.codec_context.thread_type = "FRAME"
             for name in ("color_primaries", "color_trc", "colorspace"):
                 setattr(video.codec_context, name, _BT709)
             video.codec_context.color_range = _LIMITED

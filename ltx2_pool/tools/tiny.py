@@ -86,14 +86,17 @@ class _Writer:
         return {name: tensor(name, state[name]).to(torch.bfloat16).cpu().contiguous() for name in sorted(state)}
 
     def _soft(self, weight: torch.Tensor, of_one: int) -> torch.Tensor:
-        """A convolution [out, in, 3, 3, 3] that blurs, so that frames are soft colours in motion, which an encoder takes
-        for a video, and no noise. `of_one` outputs in a row are the neighbouring pixels that one becomes: all the same.
+        """A convolution [out, in, 3, 3, 3] that blurs: frames are soft colours in motion, nearer to a video than noise.
+
+        `of_one` outputs in a row are the neighbouring pixels that one becomes: all the same.
         """
         import torch
 
         line = torch.tensor([0.25, 0.5, 0.25])
         blur = torch.einsum("t,y,x->tyx", line, line, line)
         mix = weight[::of_one].float().sum(dim=(2, 3, 4)).repeat_interleave(of_one, dim=0)
+        if of_one == 8:  # louder than the residual beside it, which is a texture of pixels
+            mix *= 4
         return (mix[:, :, None, None, None] * blur).to(weight.dtype).contiguous()
 
     def _json(self, name: str, content: dict[str, Any]) -> None:

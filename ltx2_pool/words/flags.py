@@ -15,7 +15,6 @@ RECIPE = (
     "compile",
     "attention_backend",
     "attention_kernel",
-    "compile_decoder",
     "deterministic",
     "enable_optimizations",
 )

@@ -51,8 +51,6 @@ class Recipe(BaseModel):
     """A FastVideo attention backend name (FastVideo platforms/interface.py: AttentionBackendEnum)."""
     attention_kernel: AttentionKernel | None = None
     """None: the fastest exact one, by the rule of :meth:`on`."""
-    compile_decoder: bool | None = None
-    """Whether the video decoder is compiled, too; None: on a GPU, where it pays."""
     deterministic: bool = True
     """Inductor chooses reduction kernels by rule, not by timing them in each process, so that every process makes the
     same bytes (torch/_inductor/config.py: deterministic)."""
@@ -81,12 +79,7 @@ class Recipe(BaseModel):
                 f"a GPU of compute capability {capability} has no FP8: leave --enable-optimizations "
                 "(LTX2_ENABLE_OPTIMIZATIONS) off, or use Ada (8.9) or newer"
             )
-        decoder = self.compile_decoder
-        if decoder is None:
-            decoder = self.compile and major > 0
-        return self.model_copy(
-            update={"attention_kernel": kernel, "quantization": quantization, "compile_decoder": decoder}
-        )
+        return self.model_copy(update={"attention_kernel": kernel, "quantization": quantization})
 
     def environment(self, cache: CacheDirs | None = None) -> dict[str, str]:
         """Variables to set before torch and fastvideo are imported; those of the cache, before something compiles."""

@@ -214,12 +214,6 @@ class Settings(BaseModel):
         "cudnn, or torch: whatever torch chooses (default: the fastest exact one, cudnn on Hopper and B200)",
         flag="--attention-kernel",
     )
-    compile_decoder: bool | None = _option(
-        None,
-        "LTX2_COMPILE_DECODER",
-        "torch.compile the video decoder as well (default: on a GPU, with --compile)",
-        flag="--compile-decoder",
-    )
     deterministic: bool = _option(
         True,
         "LTX2_DETERMINISTIC",
@@ -301,9 +295,7 @@ class Settings(BaseModel):
         "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR; prompts are logged at DEBUG only", flag="--log-level"
     )
 
-    @field_validator(
-        "pool_mode", "warm", "compile", "compile_decoder", "deterministic", "enable_optimizations", mode="before"
-    )
+    @field_validator("pool_mode", "warm", "compile", "deterministic", "enable_optimizations", mode="before")
     @classmethod
     def _boolean(cls, value: object) -> object:
         if isinstance(value, str):
@@ -338,7 +330,6 @@ class Settings(BaseModel):
             attention_backend=self.attention_backend,
             deterministic=self.deterministic,
             attention_kernel=self.attention_kernel,
-            compile_decoder=self.compile_decoder,
             quantization="auto" if self.enable_optimizations else None,
             video=VideoSettings(codec=self.video_codec, preset=self.video_preset, quality=self.video_quality),
         )

@@ -73,7 +73,7 @@ def profile(recipe: Recipe, shapes: Sequence[Shape], steps: int, cache_root: Pat
     channels = vae.config["vae"].get("latent_channels", 128)
     torch.manual_seed(0)
     size = ((decoded.num_frames - 1) // 8 + 1, decoded.height // 32, decoded.width // 32)
-    smooth = torch.randn(1, channels, 3, 3, 3, device=generator._decoder._conv_in.weight.device)
+    smooth = torch.randn(1, channels, 3, 3, 3, device=generator._decoder._enter.weight.device)
     latents = torch.nn.functional.interpolate(smooth, size=size, mode="trilinear", align_corners=True).bfloat16()
     with torch.no_grad():
         ours = torch.cat([part.cpu() for part in generator._frames(latents)]).float()

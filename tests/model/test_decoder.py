@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from ltx2_pool.model import (
     engine,  # noqa: F401 - before FastVideo: it keeps FastVideo's kernels out
 )
 from ltx2_pool.model.wayout import WayOut
+from tests.paths import REPOSITORY
 
 RESIDUAL = ["res_x", {"num_layers": 2, "inject_noise": False}]
 UP = ["compress_all", {"residual": True, "multiplier": 2}]
@@ -55,7 +58,7 @@ def test_frames_are_those_of_the_whole(monkeypatch, window, frames, padding):
     monkeypatch.setattr(decoder, "WINDOW_PIXELS", window)
     model = vae(decoder_spatial_padding_mode=padding)
     given = latents(frames)
-    parts = list(decoder.StreamingDecoder(model, None).frames(given))
+    parts = list(decoder.StreamingDecoder(model).frames(given))
     ours, theirs = torch.cat(parts), decoder.planes(model.decoder(given))
     assert ours.shape == (8 * (frames - 1) + 1, 96, 96)
     assert (len(parts) > 1) == (frames > {1: 2, 200_000: 4}.get(window, 16))
@@ -65,7 +68,7 @@ def test_frames_are_those_of_the_whole(monkeypatch, window, frames, padding):
 def test_in_bfloat16_it_is_near_to_what_float32_would_be():
     model, given = vae(), smooth(5)
     theirs = decoder.planes(model.decoder(given)).float()
-    ours = torch.cat(list(decoder.StreamingDecoder(model.to(torch.bfloat16), None).frames(given.bfloat16()))).float()
+    ours = torch.cat(list(decoder.StreamingDecoder(model.to(torch.bfloat16)).frames(given.bfloat16()))).float()
     assert 10 * torch.log10(255**2 / ((ours - theirs) ** 2).mean()) > 45
 
 
@@ -73,7 +76,7 @@ def test_an_upsampling_without_a_residual(monkeypatch):
     monkeypatch.setattr(decoder, "WINDOW_PIXELS", 1)
     plain = ["compress_all", {"residual": False, "multiplier": 2}]
     model, given = vae([RESIDUAL, UP, RESIDUAL, UP, RESIDUAL, plain, RESIDUAL]), latents(6)
-    ours = torch.cat(list(decoder.StreamingDecoder(model, None).frames(given)))
+    ours = torch.cat(list(decoder.StreamingDecoder(model).frames(given)))
     assert int((ours.int() - decoder.planes(model.decoder(given)).int()).abs().max()) <= 1
 
 
@@ -92,7 +95,7 @@ def test_another_decoder_is_left_to_fastvideo(changes):
     model = vae(**changes)
     assert decoder.obstacle(model) is not None
     with pytest.raises(ValueError, match="cannot be streamed"):
-        decoder.StreamingDecoder(model, None)
+        decoder.StreamingDecoder(model)
 
 
 def test_parts_arrive_in_their_order_as_arrays_of_their_own():
@@ -100,3 +103,9 @@ def test_parts_arrive_in_their_order_as_arrays_of_their_own():
     arrived = list(WayOut().arrivals(iter(parts)))
     assert [int(array[0, 0, 0]) for array in arrived] == list(range(5))
     assert all(isinstance(array, np.ndarray) and array.shape == (2, 3, 4) for array in arrived)
+
+
+def test_the_gpus_kernel_computes_the_same():
+    command = [sys.executable, "-m", "tests.model.interpreted"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=True)
+    assert float(done.stdout.split()[-1]) < 1e-5

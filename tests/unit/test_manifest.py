@@ -91,7 +91,6 @@ def test_another_configuration_of_the_model_is_another_binding(cache, recipe):
         {"compile_mode": "max-autotune"},
         {"compile_fullgraph": True},
         {"attention_kernel": "cudnn"},
-        {"compile_decoder": True},
     ],
 )
 def test_another_recipe_is_refused_by_name(cache, recipe, change):

@@ -8,26 +8,25 @@ from ltx2_pool.words.recipe import Recipe, RecipeError
 
 
 @pytest.mark.parametrize(
-    ("capability", "kernel", "decoder", "quantization"),
+    ("capability", "kernel", "quantization"),
     [
-        ("x86_64", "torch", False, "FP8"),
-        ("aarch64", "torch", False, "FP8"),
-        ("8.9", "torch", True, "FP8"),
-        ("9.0", "cudnn", True, "FP8"),
-        ("10.0", "cudnn", True, "NVFP4"),
-        ("12.0", "torch", True, "NVFP4"),
+        ("x86_64", "torch", "FP8"),
+        ("aarch64", "torch", "FP8"),
+        ("8.9", "torch", "FP8"),
+        ("9.0", "cudnn", "FP8"),
+        ("10.0", "cudnn", "NVFP4"),
+        ("12.0", "torch", "NVFP4"),
     ],
 )
-def test_every_choice_is_made_for_the_device(capability, kernel, decoder, quantization):
+def test_every_choice_is_made_for_the_device(capability, kernel, quantization):
     chosen = Recipe(model_path="m", quantization="auto").on(capability)
-    assert (chosen.attention_kernel, chosen.compile_decoder, chosen.quantization) == (kernel, decoder, quantization)
+    assert (chosen.attention_kernel, chosen.quantization) == (kernel, quantization)
     assert chosen.on(capability) == chosen
 
 
 def test_what_is_asked_for_wins():
-    asked = Recipe(model_path="m", attention_kernel="torch", compile_decoder=False)
+    asked = Recipe(model_path="m", attention_kernel="torch")
     assert asked.on("9.0") == asked
-    assert Recipe(model_path="m", compile=False).on("9.0").compile_decoder is False
     assert Recipe(model_path="m", attention_backend="FLASH_ATTN").on("9.0").attention_kernel == "torch"
 
 
