@@ -4,7 +4,8 @@
 
 - makes the same videos in every way of ``ltx2-benchmark compare --stock`` (:mod:`ltx2_pool.tools.bench.rivals`);
 - profiles the engine: how much of the lease the device works, which kernels run, and how far the streamed decoder is
-  from FastVideo's own, untiled and in float32.
+  from FastVideo's own, untiled and in float32;
+- compares latents and frames of the quantized transformer with those in bfloat16.
 
 speed.json is written after each part, so that a run that is cut short still reports.
 """
@@ -12,6 +13,9 @@ speed.json is written after each part, so that a run that is cut short still rep
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import gc
 import json
 import os
 import subprocess
@@ -19,16 +23,18 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ltx2_pool.tools.bench import rivals
-from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.recipe import Recipe, VideoPreset, VideoSettings
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.shapes import CacheDirs, Shape
+from tests.gpu.bake_and_verify import machine
 from tests.paths import REPOSITORY
 
+PARTS = ("rivals", "profile", "precision")
 SHAPES = ("1920x1088@121f", "768x512@121f")
 
 
@@ -88,12 +94,13 @@ def profile(recipe: Recipe, shapes: Sequence[Shape], steps: int, cache_root: Pat
     psnr = 99.0 if not error else 10 * float(torch.log10(torch.tensor(255.0**2 / error)))
     spread = float(theirs.std())
     for shape in shapes:
-        print(json.dumps({f"mp4 {shape.key}": moving_picture(shape)}), flush=True)
+        for preset in ("veryfast", "superfast"):
+            print(json.dumps({f"mp4 {shape.key} {preset}": moving_picture(shape, preset)}), flush=True)
     quality = {"shape": decoded.key, "psnr_db": psnr, "std": spread, "decode_s": streamed}
     print(json.dumps({"decoder": quality}), flush=True)
 
 
-def moving_picture(shape: Shape) -> dict[str, float]:
+def moving_picture(shape: Shape, preset: VideoPreset) -> dict[str, float]:
     """Encode a camera's slow pan over a textured scene with a ball in it: nearer to a video than noise is."""
     import numpy as np
 
@@ -102,7 +109,7 @@ def moving_picture(shape: Shape) -> dict[str, float]:
     random = np.random.default_rng(0)
     height, width, count = shape.height, shape.width, shape.num_frames
     scene = np.zeros((height + count, width + 2 * count))
-    for scale, weight in ((64, 60), (16, 25), (4, 8), (1, 2)):
+    for scale, weight in ((64, 60), (16, 25), (4, 8), (1, 6)):
         rough = random.standard_normal((scene.shape[0] // scale + 2, scene.shape[1] // scale + 2))
         large = np.kron(rough, np.ones((scale, scale)))
         for axis in (0, 1):  # three box filters are near a Gaussian
@@ -120,90 +127,173 @@ def moving_picture(shape: Shape) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="ltx2-speed-") as scratch:
         path = Path(scratch) / "video.mp4"
         began = time.perf_counter()
-        with mp4.Encoder(path, job, Recipe(model_path="").video) as encoder:
+        with mp4.Encoder(path, job, VideoSettings(preset=preset)) as encoder:
             encoder.frames(pictures)
             encoder.finish()
         return {"s": time.perf_counter() - began, "bytes": path.stat().st_size}
 
 
+def precision(recipe: Recipe, shape: Shape, steps: int) -> None:
+    """Print how far a quantized transformer's latents and frames are from bfloat16's, after each step."""
+    os.environ.update(recipe.environment())
+    import torch
+
+    from ltx2_pool.model import engine
+
+    job = Job("precision", shape, rivals.PROMPT, 7, steps, 1.0, 24)
+    made: dict[str, list[torch.Tensor]] = {}
+    frames: dict[str, list[torch.Tensor]] = {}
+    for name, chosen in (("exact", recipe), ("quantized", recipe.model_copy(update={"quantization": "auto"}))):
+        generator = engine.build_generator(chosen.model_copy(update={"compile": False}))
+        latents = made.setdefault(name, [])
+
+        def note(_module: object, _args: object, given: dict[str, Any], into: list[Any] = latents) -> None:
+            into.append(given["hidden_states"].float().cpu())
+
+        decode = generator._frames
+
+        def last(given: torch.Tensor, into: list[Any] = latents, decode: Any = decode) -> Any:
+            into.append(given.float().cpu())
+            return decode(given)
+
+        generator._frames = last  # type: ignore[method-assign]
+        generator.modules["transformer"].register_forward_pre_hook(note, with_kwargs=True)
+        generator.generate(job)
+        device = next(generator.modules["vae"].parameters()).device
+        with torch.no_grad():
+            frames[name] = [torch.cat([p.cpu() for p in decode(x.to(device).bfloat16())]).float() for x in latents[1:]]
+        del generator, decode, last
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def psnr(a: torch.Tensor, b: torch.Tensor, peak: float) -> float:
+        error = float(((a - b) ** 2).mean())
+        return 99.0 if not error else round(10 * float(torch.log10(torch.tensor(peak**2 / error))), 2)
+
+    found = {
+        "shape": shape.key,
+        "latents_db": [
+            psnr(a, b, float(a.max() - a.min())) for a, b in zip(made["exact"][1:], made["quantized"][1:], strict=True)
+        ],
+        "frames_db": [psnr(a, b, 255.0) for a, b in zip(frames["exact"], frames["quantized"], strict=True)],
+    }
+    print(json.dumps({"precision": found}), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.speed", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep checkpoint and caches here, and use what is there"
+    )
     parser.add_argument("--model", type=Path, metavar="DIR", help="use this checkpoint instead of writing one")
-    parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"), metavar="DIR")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--gemma-layers", type=int, default=8)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="KEY")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", default=["pool", "profile", "stock", "pool, quantized"], metavar="PART")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--ways", nargs="+", default=list(rivals.WAYS), choices=rivals.WAYS)
+    parser.add_argument("--apart", action="store_true", help="load and compile one way after the other")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--seconds", type=float, default=560, help="no part begins after that [%(default)s]")
-    parser.add_argument("--profile", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=560, help="no part goes on for longer [%(default)s]")
+    parser.add_argument("--in-process", metavar="PART:JSON", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     shapes = [Shape.parse(key) for key in arguments.shapes]
-    began = time.monotonic()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"argv": sys.argv[1:], "seconds": {}, "ways": {}}
-
-    def save(part: str, since: float) -> None:
-        report["seconds"][part] = round(time.monotonic() - since, 1)
-        (arguments.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(f"{time.monotonic() - began:6.1f} s: {part} took {report['seconds'][part]} s", flush=True)
-
-    if arguments.profile:
-        profile(Recipe.model_validate_json(arguments.profile), shapes, arguments.steps, arguments.scratch)
+    if arguments.in_process:
+        part, _, text = arguments.in_process.partition(":")
+        recipe = Recipe.model_validate_json(text)
+        if part == "profile":
+            profile(recipe, shapes, arguments.steps, arguments.work)
+        else:
+            precision(recipe, shapes[-1], arguments.steps)
         return 0
-    with tempfile.TemporaryDirectory(prefix="ltx2-speed-", dir=arguments.scratch) as scratch:
-        model = arguments.model or Path(scratch) / "checkpoint"
-        if arguments.model is None:
-            size = ["--size", "large", "--layers", str(arguments.layers), "--gemma-layers", str(arguments.gemma_layers)]
-            subprocess.run([sys.executable, "-m", "ltx2_pool.tools.tiny", str(model), *size], check=True)
-            save("checkpoint", began)
-        recipe = Recipe(model_path=str(model), compile=not arguments.no_compile)
-        root = Path(scratch) / "cache"
-        for part in arguments.parts:
-            since = time.monotonic()
-            left = arguments.seconds - (since - began)
-            if left < 0:
-                break
+    with contextlib.ExitStack() as stack:
+        work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ltx2-speed-")))
+        return Run(arguments, shapes, work).everything()
+
+
+class Run:
+    """All parts of one run; the report is saved after each."""
+
+    def __init__(self, arguments: argparse.Namespace, shapes: Sequence[Shape], work: Path) -> None:
+        self.arguments = arguments
+        self.shapes = shapes
+        self.work = work
+        self.model = arguments.model or work / "checkpoint"
+        self.recipe = Recipe(model_path=str(self.model), compile=not arguments.no_compile)
+        self.began = time.monotonic()
+        self.report: dict[str, Any] = {"argv": sys.argv[1:], "machine": machine(), "seconds": {}}
+
+    def everything(self) -> int:
+        self.arguments.out.mkdir(parents=True, exist_ok=True)
+        if not self.model.exists():
+            self.part("checkpoint", self.checkpoint)
+        for part in self.arguments.parts:
+            self.part(part, self.rivals if part == "rivals" else functools.partial(self.apart, part))
+        print(json.dumps(self.report, indent=None))
+        return len(self.report.get("errors", {}))
+
+    def part(self, name: str, run: Callable[[], None]) -> None:
+        since = time.monotonic()
+        if self.left() > 10:
             try:
-                if part == "profile":
-                    caches = Path(scratch) / "merged"
-                    for key in arguments.shapes:
-                        of = CacheDirs.of(root / "pool", Shape.parse(key)).root
-                        subprocess.run(["cp", "-r", f"{of}/.", str(caches)] if of.exists() else ["true"], check=True)
-                        caches.mkdir(exist_ok=True)
-                    command = [sys.executable, "-m", "tests.gpu.speed", "--out", str(arguments.out)]
-                    command += ["--profile", recipe.model_dump_json(), "--scratch", str(caches)]
-                    command += ["--shapes", *arguments.shapes, "--steps", str(arguments.steps)]
-                    lines = Path(scratch) / "profile.jsonl"
-                    try:
-                        with lines.open("w") as file:  # a pipe would last as long as torch's compilers
-                            subprocess.run(command, cwd=REPOSITORY, stdout=file, timeout=max(60.0, left), check=True)
-                    finally:
-                        for line in lines.read_text().splitlines():
-                            if line.startswith("{"):
-                                report.setdefault("profile", {}).update(json.loads(line))
-                else:
-                    rivals.TIMEOUT = left
-                    result = rivals.run(
-                        recipe, shapes, arguments.steps, arguments.repeat, root, [part], lambda _what: None
-                    )
-                    report["ways"].update(result["ways"])
+                run()
             except Exception as error:
-                if isinstance(error, rivals.RivalError):
-                    report["ways"][part] = error.found
                 traceback.print_exc()
-                report.setdefault("errors", {})[part] = f"{type(error).__name__}: {error}"[-3000:]
-            save(part, since)
-        for part in arguments.parts:
-            for key in arguments.shapes:
-                if (ratio := rivals.ratio(report, part, key)) is not None:
-                    report.setdefault("ratios", {})[f"{part} / stock, {key}"] = round(ratio, 3)
-        save("all", began)
-    print(json.dumps(report, indent=None))
-    return len(report.get("errors", {}))
+                self.report.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[-3000:]
+        self.report["seconds"][name] = round(time.monotonic() - since, 1)
+        (self.arguments.out / "speed.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        print(f"{time.monotonic() - self.began:6.1f} s: {name} took {self.report['seconds'][name]} s", flush=True)
+
+    def left(self) -> float:
+        return float(self.arguments.seconds - (time.monotonic() - self.began))
+
+    def checkpoint(self) -> None:
+        layers, gemma_layers = str(self.arguments.layers), str(self.arguments.gemma_layers)
+        size = ["--size", "large", "--layers", layers, "--gemma-layers", gemma_layers]
+        subprocess.run([sys.executable, "-m", "ltx2_pool.tools.tiny", str(self.model), *size], check=True)
+
+    def rivals(self) -> None:
+        rivals.TIMEOUT = self.left()
+        given = (self.recipe, self.shapes, self.arguments.steps, self.arguments.repeat, self.work / "cache")
+        try:
+            found = rivals.run(*given, self.arguments.ways, self.tell, not self.arguments.apart)
+        except rivals.RivalError as error:
+            found = error.found
+            raise
+        finally:
+            self.report["rivals"] = found
+            self.report["ratios"] = {
+                f"{way} / stock, {shape.key}": round(ratio, 3)
+                for way in self.arguments.ways
+                for shape in self.shapes
+                if way != "stock" and (ratio := rivals.ratio(found, way, shape.key)) is not None
+            }
+
+    def tell(self, what: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s: {what}", flush=True)
+
+    def apart(self, part: str) -> None:
+        """In a process of its own, on the pool's caches as far as there are any."""
+        caches = self.work / "merged"
+        caches.mkdir(exist_ok=True)
+        for shape in self.shapes:
+            of = CacheDirs.of(self.work / "cache/pool", shape).root
+            if of.exists():
+                subprocess.run(["cp", "-r", f"{of}/.", str(caches)], check=True)
+        command = [sys.executable, "-m", "tests.gpu.speed", "--out", str(self.arguments.out), "--work", str(caches)]
+        command += ["--in-process", f"{part}:{self.recipe.model_dump_json()}"]
+        command += ["--shapes", *self.arguments.shapes, "--steps", str(self.arguments.steps)]
+        lines = self.work / f"{part}.jsonl"
+        try:
+            with lines.open("w") as file:  # a pipe would last as long as torch's compilers
+                subprocess.run(command, cwd=REPOSITORY, stdout=file, timeout=self.left(), check=True)
+        finally:
+            for line in lines.read_text().splitlines():
+                if line.startswith("{"):
+                    self.report.setdefault(part, {}).update(json.loads(line))
 
 
 if __name__ == "__main__":

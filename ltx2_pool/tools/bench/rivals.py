@@ -12,24 +12,27 @@ All of ours end with the MP4 in a file. On a CPU, for which FastVideo's executor
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.processes.shape import ShapeProcess
 from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.words.outcomes import ProcessLost
-from ltx2_pool.words.protocol import Done
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.shapes import CacheDirs, Key, Shape
@@ -43,10 +46,8 @@ TIMEOUT = 1800.0
 class RivalError(Exception):
     """One of the ways could not make its videos. The message ends with what its process printed."""
 
-    def __init__(self, message: str, found: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.found = found
-        """What it had measured until then."""
+    found: dict[str, Any]
+    """What was measured until then, as :func:`run` returns it."""
 
 
 def run(
@@ -57,56 +58,99 @@ def run(
     cache_root: Path,
     ways: Sequence[str],
     tell: Callable[[str], None],
+    together: bool = False,
 ) -> dict[str, Any]:
-    """The figures of every way, by shape. Raises RivalError."""
-    found: dict[str, Any] = {}
-    for way in ways:
-        tell(f"{way}: starting")
-        found[way] = _apart(way, recipe, shapes, steps, repeat, cache_root, tell)
-    return {"shapes": [shape.key for shape in shapes], "steps": steps, "repeat": repeat, "ways": found}
+    """The figures of every way, by shape. Raises RivalError, with what was found until then.
 
-
-def _apart(
-    way: str,
-    recipe: Recipe,
-    shapes: Sequence[Shape],
-    steps: int,
-    repeat: int,
-    cache_root: Path,
-    tell: Callable[[str], None],
-) -> dict[str, Any]:
-    asked = {
-        "way": way,
-        "recipe": recipe.model_dump(),
-        "shapes": [shape.key for shape in shapes],
-        "steps": steps,
-        "repeat": repeat,
-        "cache_root": str(cache_root),
-    }
-    command = [sys.executable, "-m", "ltx2_pool.tools.bench.rivals", json.dumps(asked)]
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
-        assert process.stdout is not None
-        overdue = threading.Timer(TIMEOUT, process.kill)
-        overdue.start()
+    `together`: all of them load and compile at the same time, and take turns only at what is steady. Faster, on a
+    device with the memory for all; what comes before is then measured in each other's company.
+    """
+    result: dict[str, Any] = {"shapes": [shape.key for shape in shapes], "steps": steps, "repeat": repeat, "ways": {}}
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(len(ways)) as threads:
+        started: list[_Rival] = []
         try:
-            for line in process.stdout:
-                if not line.startswith(_MARK):
-                    continue
-                what, value = json.loads(line.removeprefix(_MARK))
-                if what == "done":  # what it has started, torch's compilers for one, may keep the pipe for longer
-                    return found
-                if what == "doing":
-                    tell(f"{way}: {value}")
-                else:
-                    found.setdefault(what, {}).update(value)
-            log.seek(0)
-            raise RivalError(f"{way} ended with status {process.wait()}:\n{log.read()[-3000:]}", found)
+            for way in ways:
+                asked = {
+                    "way": way,
+                    "recipe": recipe.model_dump(),
+                    "shapes": result["shapes"],
+                    "steps": steps,
+                    "repeat": repeat,
+                    "cache_root": str(cache_root),
+                }
+                started.append(stack.enter_context(_Rival(way, asked, tell)))
+                if not together:
+                    started[-1].read("ready")
+                    started[-1].measure()
+            if together:
+                for _ in threads.map(lambda rival: rival.read("ready"), started):
+                    pass
+                for rival in started:
+                    rival.measure()
+        except RivalError as error:
+            error.found = result
+            raise
         finally:
-            overdue.cancel()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
+            result["ways"] = {rival.way: rival.found for rival in started}
+            stack.close()  # before the threads are waited for
+    return result
+
+
+class _Rival:
+    """One way's process."""
+
+    def __init__(self, way: str, asked: dict[str, Any], tell: Callable[[str], None]) -> None:
+        self.way = way
+        self.found: dict[str, Any] = {}
+        self._tell = tell
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed when the process is
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ltx2_pool.tools.bench.rivals", json.dumps(asked)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+        )
+        self._overdue = threading.Timer(TIMEOUT, self._process.kill)
+        self._overdue.start()
+
+    def __enter__(self) -> _Rival:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._overdue.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def measure(self) -> None:
+        """Let it make its steady videos, now that the device is its own, and end it. Raises RivalError."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        self.read("done")
+        self.__exit__()
+
+    def read(self, until: str) -> None:
+        """Take what it reports until then. Raises RivalError."""
+        assert self._process.stdout is not None
+        # Not to the end of the file: what it has started, torch's compilers for one, may keep the pipe for longer.
+        for line in self._process.stdout:
+            if not line.startswith(_MARK):
+                continue
+            what, value = json.loads(line.removeprefix(_MARK))
+            if what == until:
+                return
+            if what == "doing":
+                self._tell(f"{self.way}: {value}")
+            else:
+                self.found.setdefault(what, {}).update(value)
+        status = self._process.wait()
+        self._log.seek(0)
+        raise RivalError(f"{self.way} ended with status {status}:\n{self._log.read()[-3000:]}")
 
 
 _MARK = "@rival "
@@ -122,44 +166,44 @@ def main() -> None:
     recipe, shapes = Recipe(**asked["recipe"]), [Shape.parse(key) for key in asked["shapes"]]
     jobs = [Job(f"{shape.key}", shape, PROMPT, 7, asked["steps"], 1.0, 24) for shape in shapes]
     root = Path(asked["cache_root"])
-    if asked["way"] == "stock":
-        _measure(_stock(recipe, root), jobs, asked["repeat"])
-    elif asked["way"] == "in-process":
-        _measure(_in_process(recipe, root), jobs, asked["repeat"])
-    else:
-        if asked["way"] == "pool, quantized":
-            recipe = recipe.model_copy(update={"quantization": "auto"})
-        asyncio.run(_pool(recipe, jobs, asked["repeat"], root / asked["way"].replace(", ", "-")))
-    _say("done", {})
+    if asked["way"] == "pool, quantized":
+        recipe = recipe.model_copy(update={"quantization": "auto"})
+    way = {"stock": _stock, "in-process": _in_process}.get(asked["way"], _pool)
+    asyncio.run(_measure(way(recipe, root / asked["way"].replace(", ", "-")), jobs, asked["repeat"]))
 
 
-Make = Callable[[Job], dict[str, float]]
+Make = Callable[[Job], Awaitable[dict[str, float]]]
 """Make one video; returns the seconds of what it consists of, as far as they are known."""
 
 
-def _measure(makes: Iterator[Make], jobs: Sequence[Job], repeat: int) -> None:
+async def _measure(way: contextlib.AbstractAsyncContextManager[Make], jobs: Sequence[Job], repeat: int) -> None:
     began = time.monotonic()
     _say("doing", "loading")
-    make = next(makes)
-    _say("load", {"s": time.monotonic() - began})
-    for job in jobs:
-        _say("doing", job.shape.key)
-        began = time.monotonic()
-        make(job)
-        first = time.monotonic() - began
-        steady, parts = [], []
-        for _ in range(repeat):
+    async with way as make:
+        _say("load", {"s": time.monotonic() - began})
+        for job in jobs:
+            _say("doing", f"{job.shape.key}: the first video")
             began = time.monotonic()
-            parts.append(make(job))
-            steady.append(time.monotonic() - began)
-        _say(job.shape.key, {"first_s": first, "steady_s": steady, "parts": _medians(parts)})
+            await make(job)
+            _say(job.shape.key, {"first_s": time.monotonic() - began})
+        _say("ready", {})
+        sys.stdin.readline()
+        for job in jobs:
+            steady, parts = [], []
+            for number in range(repeat):
+                _say("doing", f"{job.shape.key}: video {number + 1} of {repeat}")
+                began = time.monotonic()
+                parts.append(await make(job))
+                steady.append(time.monotonic() - began)
+            _say(job.shape.key, {"steady_s": steady, "parts": _medians(parts)})
+        _say("done", {})
 
 
-def _stock(recipe: Recipe, root: Path) -> Iterator[Make]:
+@contextlib.asynccontextmanager
+async def _stock(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
     from fastvideo.api import schema
 
-    cache = CacheDirs(root / "stock")
-    os.environ.update(recipe.environment(cache))
+    os.environ.update(recipe.environment(CacheDirs(root)))
     import torch
     from fastvideo import VideoGenerator
 
@@ -186,7 +230,7 @@ def _stock(recipe: Recipe, root: Path) -> Iterator[Make]:
             generator_config_to_fastvideo_args(config), executor.InProcessExecutor, log_stats=False
         )
 
-    def make(job: Job) -> dict[str, float]:
+    async def make(job: Job) -> dict[str, float]:
         result = generator.generate(
             schema.GenerationRequest(
                 prompt=job.prompt,
@@ -206,17 +250,17 @@ def _stock(recipe: Recipe, root: Path) -> Iterator[Make]:
         return {"generation": float(result.generation_time or 0)}
 
     yield make
-    generator.shutdown()
 
 
-def _in_process(recipe: Recipe, root: Path) -> Iterator[Make]:
-    os.environ.update(recipe.environment(CacheDirs(root / "in-process")))
+@contextlib.asynccontextmanager
+async def _in_process(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
+    os.environ.update(recipe.environment(CacheDirs(root)))
     from ltx2_pool.model import engine, mp4
 
     generator = engine.build_generator(recipe)
     with tempfile.TemporaryDirectory(prefix="ltx2-rivals-") as scratch:
 
-        def make(job: Job) -> dict[str, float]:
+        async def make(job: Job) -> dict[str, float]:
             phases: list[tuple[str, float]] = []
 
             def enter(phase: str) -> None:
@@ -232,49 +276,42 @@ def _in_process(recipe: Recipe, root: Path) -> Iterator[Make]:
         yield make
 
 
-async def _pool(recipe: Recipe, jobs: Sequence[Job], repeat: int, root: Path) -> None:
+@contextlib.asynccontextmanager
+async def _pool(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
+    processes: dict[Shape, ShapeProcess] = {}
     with tempfile.TemporaryDirectory(prefix="ltx2-rivals-") as scratch:
         host = ProcessHost(recipe, root, Path(scratch), Timeouts(spawn=900, weights=900, silence=300))
-        await host.start()
-        try:
-            _say("doing", "loading")
-            began = time.monotonic()
-            await host.prepare()
-            _say("load", {"s": time.monotonic() - began})
-            for job in jobs:
-                _say("doing", f"{job.shape.key}: starting")
+
+        async def make(job: Job) -> dict[str, float]:
+            if job.shape not in processes:
                 process = host.process(Key(job.shape))
-                output = Path(scratch) / "video.mp4"
-                try:
-                    began = time.monotonic()
-                    ready = await host.start_process(process, Job(**{**vars(job), "id": "warm-up"}))
-                    ready_s = time.monotonic() - began
-                    seconds: list[float] = []
-                    made: list[Done] = []
-                    for number in range(repeat + 1):
-                        _say("doing", f"{job.shape.key}: video {number + 1}")
-                        output.unlink(missing_ok=True)
-                        output.touch(0o600)
-                        began = time.monotonic()
-                        made.append(await process.generate(job, output, lambda _event: None))
-                        seconds.append(time.monotonic() - began)
-                finally:
-                    process.kill()
-                    await process.exited()
-                figures = {
-                    "ready_s": ready_s,
-                    "trace_s": ready.trace_s,
-                    "first_s": seconds[0],
-                    "steady_s": seconds[1:],
-                    "parts": _medians([done.phases for done in made[1:]]),
-                    "bytes_at_most": max(done.memory.peak for done in made),
-                    "bytes_between_jobs": made[-1].memory.resident,
-                    "mp4_bytes": output.stat().st_size,
-                }
-                _say(job.shape.key, figures)
+                began = time.monotonic()
+                ready = await host.start_process(process, dataclasses.replace(job, id="warm-up"))
+                _say(job.shape.key, {"ready_s": time.monotonic() - began, "trace_s": ready.trace_s})
+                processes[job.shape] = process
+                await video(job, "first_hot_s")
+            return await video(job, "last_hot_s")
+
+        async def video(job: Job, name: str) -> dict[str, float]:
+            output = Path(scratch) / "video.mp4"
+            output.unlink(missing_ok=True)
+            output.touch(0o600)
+            began = time.monotonic()
+            done = await processes[job.shape].generate(job, output, lambda _event: None)
+            figures = {name: time.monotonic() - began, "mp4_bytes": output.stat().st_size}
+            _say(job.shape.key, {**figures, **{f"bytes_{k}": v for k, v in done.memory.model_dump().items()}})
+            return dict(done.phases)
+
+        try:
+            await host.start()
+            await host.prepare()
+            yield make
         except ProcessLost as lost:
             sys.exit(str(lost))
         finally:
+            for process in processes.values():
+                process.kill()
+                await process.exited()
             await host.close()
 
 
