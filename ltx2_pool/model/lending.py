@@ -1,7 +1,8 @@
 """How a loan reaches its borrower: over a socket of its own, and nobody waits for anybody.
 
 A borrower makes a socket pair and sends one end over the desk, a socket that it inherited. The answer is the
-descriptors of the shared memory, then one frame of bytes (:mod:`ltx2_pool.words.protocol`).
+descriptors of the shared memory, then one frame of bytes (:mod:`ltx2_pool.words.protocol`). The worker borrows as well,
+and keeps both: the memory outlives its lender, and the lender's successor gets it the same way.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import os
 import selectors
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -25,36 +27,71 @@ MAX_DESCRIPTORS = 253
 """In one message (SCM_MAX_FD, linux/net/scm.h)."""
 
 
-def ask(desk: socket.socket) -> tuple[bytes, list[int]]:
+def ask(desk: socket.socket, timeout: float = 0) -> tuple[bytes, list[int]]:
     """Ask for a loan: the bytes, and descriptors of the memory, which the caller closes.
 
-    Raises EOFError when there is no lender, and OSError when this process cannot take the descriptors.
+    It waits for `timeout` seconds at each part of the answer, for ever with 0. Raises EOFError when there is no
+    lender, or not in time, and OSError when this process cannot take the descriptors.
     """
     mine, theirs = socket.socketpair()
     with mine:
+        # Not settimeout, which makes the descriptor non-blocking for whoever reads it by other means.
+        mine.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(timeout), 0))
         with theirs:
             try:
                 socket.send_fds(desk, [b"lend"], [theirs.fileno()], socket.MSG_NOSIGNAL)
             except OSError as error:
                 raise EOFError(f"the weights process is gone ({error})") from error
+        return _answer(mine)
+
+
+def _answer(mine: socket.socket) -> tuple[bytes, list[int]]:
+    """What a :class:`_Delivery` sends to the other end. Raises as :func:`ask`."""
+    try:
+        said, descriptors, flags, _ = socket.recv_fds(mine, 1, MAX_DESCRIPTORS)
+    except (ConnectionError, BlockingIOError):
+        said, descriptors, flags = b"", [], 0
+    if not said:
+        raise EOFError("the weights process is gone")
+    try:
+        if flags & socket.MSG_CTRUNC or not descriptors:
+            raise OSError(errno.EMFILE, "no descriptor is left for the lent memory")
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
         try:
-            said, descriptors, flags, _ = socket.recv_fds(mine, 1, MAX_DESCRIPTORS)
-        except ConnectionError:
-            said, descriptors, flags = b"", [], 0
-        if not said:
-            raise EOFError("the weights process is gone")
-        try:
-            if flags & socket.MSG_CTRUNC or not descriptors:
-                raise OSError(errno.EMFILE, "no descriptor is left for the lent memory")
-            try:
-                with Connection(mine.detach()) as frame:
-                    return frame.recv_bytes(), descriptors
-            except (EOFError, OSError) as error:
-                raise EOFError(f"the weights process broke off its answer ({error})") from error
-        except BaseException:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            raise
+            with Connection(mine.detach()) as frame:
+                return frame.recv_bytes(), descriptors
+        except (EOFError, OSError) as error:
+            raise EOFError(f"the weights process broke off its answer ({error})") from error
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+
+
+def hand_over(desk: socket.socket, blob: bytes, descriptors: Sequence[int], timeout: float) -> None:
+    """Give the loan of a lender that is gone to its successor, at the other end of `desk`.
+
+    Returns when that one has taken all of it. Raises OSError when it is gone, or after `timeout` seconds.
+    """
+    mine, theirs = socket.socketpair()
+    with mine:
+        with theirs:
+            socket.send_fds(desk, [b"kept"], [theirs.fileno()], socket.MSG_NOSIGNAL)
+        mine.settimeout(timeout)
+        delivery = _Delivery(blob, descriptors, time.monotonic() + timeout)
+        while not delivery.go_on(mine):
+            if time.monotonic() > delivery.deadline:
+                raise TimeoutError("the descriptors of the lent memory could not be passed on")
+
+
+def take_over(desk: socket.socket) -> tuple[bytes, list[int]]:
+    """The other side of :func:`hand_over`. Raises EOFError when there is nothing to take, and OSError."""
+    _, numbers, _, _ = socket.recv_fds(desk, 16, 1)
+    if not numbers:
+        raise EOFError("nobody hands over a loan")
+    with socket.socket(fileno=numbers[0]) as mine:
+        return _answer(mine)
 
 
 class Desk:

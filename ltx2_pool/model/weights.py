@@ -70,9 +70,13 @@ class WeightsServer:
 
     def run(self, lend: Lend) -> None:
         """Returns when the checkpoint cannot be lent, else never. Raises EOFError when the worker is gone."""
+        imported = time.monotonic()
+        loan: Loan | KeptLoan
         try:
-            imported = time.monotonic()
-            loan = Loan(engine.build_generator(lend.recipe.model_copy(update={"compile": False})).modules)
+            if lend.kept is not None:
+                loan = KeptLoan(*lending.take_over(self._desk), lend.kept.bytes)
+            else:
+                loan = Loan(engine.build_generator(lend.recipe.model_copy(update={"compile": False})).modules)
         except Exception as error:
             traceback.print_exc()
             self._send(Broken(error=f"{type(error).__name__}: {error}"))
@@ -83,6 +87,7 @@ class WeightsServer:
                 load_s=time.monotonic() - imported,
                 bytes=loan.bytes,
                 overhead=loan.overhead,
+                durable=loan.durable,
             )
         )
         with selectors.DefaultSelector() as selector:
@@ -96,7 +101,7 @@ class WeightsServer:
                         self._obey(loan)
                 desk.expire()
 
-    def _obey(self, loan: Loan) -> None:
+    def _obey(self, loan: Loan | KeptLoan) -> None:
         message = protocol.decode_from_parent(self._connection.recv_bytes(protocol.MAX_MESSAGE))
         if not isinstance(message, Checksum):
             raise protocol.ProtocolError(f"expected a Checksum, got {message.type}")
@@ -142,6 +147,11 @@ class Loan:
             mapped = sum(self._device.sizes) if self._device is not None else 0
             self.overhead = max(0, context + torch.cuda.memory_reserved() + mapped - self.bytes)
 
+    @property
+    def durable(self) -> bool:
+        """Whether one answer is good for any number of borrowers, and outlives this process."""
+        return self._blob is not None
+
     def answer(self) -> tuple[bytes, list[int]]:
         """What one borrower gets: the pickled modules, and the descriptors of the file and of the device's memory."""
         blob = self._blob
@@ -167,6 +177,31 @@ class Loan:
         buffer = io.BytesIO()
         _Pickler(buffer, self._file, self._device).dump(dict(modules))
         return buffer.getvalue()
+
+
+class KeptLoan:
+    """What another process lent, and somebody kept: its answer to a borrower is this one's."""
+
+    overhead = 0
+    durable = True
+
+    def __init__(self, blob: bytes, descriptors: Sequence[int], size: int) -> None:
+        self._blob, self._descriptors = blob, list(descriptors)
+        self.bytes = size
+        self._modules: dict[str, Any] | None = None
+        """Attached when somebody wants a checksum."""
+
+    def answer(self) -> tuple[bytes, list[int]]:
+        """As the loan's."""
+        return self._blob, self._descriptors
+
+    def digest(self) -> str:
+        """As the loan's."""
+        if self._modules is None:
+            self._modules = attach(self._blob, self._descriptors)
+        digest = engine.digest(self._modules)
+        engine.trim_memory()
+        return digest
 
 
 def _devices(modules: Mapping[str, Any]) -> set[torch.device]:

@@ -150,7 +150,10 @@ class ShapeProcess(ChildProcess, Process):
             call, self.on_compile_failure = self.on_compile_failure, lambda: None
             call()
         follows: tuple[Reason, ...] = ("spawn_eof", "gen_eof", "cuda_fault", "killed")
-        if self._weights is not None and not self._weights.alive and lost.reason in follows:
+        weights = self._weights
+        if weights is not None and weights.kept and self._ready:
+            return lost  # it has attached what does not end with that process
+        if weights is not None and not weights.alive and lost.reason in follows:
             lost = ProcessLost(
                 self.name,
                 "weights_lost",

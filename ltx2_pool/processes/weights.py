@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from ltx2_pool.model import lending
 from ltx2_pool.processes.guard import Guard
 from ltx2_pool.processes.pause import HelpersPause
 from ltx2_pool.processes.process import ChildProcess, Gone, Timeouts
@@ -18,6 +21,9 @@ from ltx2_pool.words.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+SUCCESSORS = 2
+"""Processes in a row that may fail to take over what was lent, before it is given up."""
+
 
 class WeightsProcess(ChildProcess):
     """Holds the model and lends it over `desk`, whose other end its borrowers inherit."""
@@ -27,10 +33,12 @@ class WeightsProcess(ChildProcess):
         self.desk: socket.socket | None = None
         self.lending: Lending | None = None
         """What it said when it was ready; None before, and once it is not alive."""
+        self.kept = False
+        """Whether what it lends is kept, so that its end is none of those who have attached it."""
         self._asking = asyncio.Lock()
 
-    async def start(self, recipe: Recipe) -> Lending:
-        """Load the checkpoint. Raises ProcessLost; the process is then gone."""
+    async def start(self, recipe: Recipe, loan: Loan | None = None) -> Lending:
+        """Load the checkpoint, or take over what a predecessor lent. Raises ProcessLost; the process is then gone."""
         try:
             self.desk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
@@ -38,13 +46,19 @@ class WeightsProcess(ChildProcess):
             raise await self.loss() from error
         try:
             with theirs:
-                message = await self.begin(
-                    recipe.environment(),
-                    theirs,
-                    Lend(recipe=recipe),
-                    self._timeouts.weights,
-                    "raise LTX2_POOL_WEIGHTS_TIMEOUT if the checkpoint only needs longer to load",
-                )
+                handing = None if loan is None else asyncio.create_task(self._hand_over(loan))
+                try:
+                    message = await self.begin(
+                        recipe.environment(),
+                        theirs,
+                        Lend(recipe=recipe, kept=None if loan is None else loan.lending),
+                        self._timeouts.weights,
+                        "raise LTX2_POOL_WEIGHTS_TIMEOUT if the checkpoint only needs longer to load",
+                    )
+                finally:
+                    if handing is not None:
+                        theirs.close()  # nobody may take it any more: do not wait for that
+                        await handing
             if not isinstance(message, Lending):
                 self._doom("spawn_parse_error", f"sent {message.type!r} before it lent anything")
                 raise await self.loss()
@@ -53,6 +67,14 @@ class WeightsProcess(ChildProcess):
             raise
         self._ready, self.lending = True, message
         return message
+
+    async def _hand_over(self, loan: Loan) -> None:
+        assert self.desk is not None
+        given = self.desk, loan.blob, loan.descriptors, self._timeouts.weights
+        try:
+            await asyncio.to_thread(lending.hand_over, *given)
+        except OSError as error:
+            self._doom("system", f"could not be given what was lent before: {error}")
 
     async def checksum(self) -> str:
         """A digest of every byte that is lent. Raises ProcessLost."""
@@ -74,8 +96,25 @@ class WeightsProcess(ChildProcess):
         await self._over.wait()
 
 
+@dataclass(frozen=True)
+class Loan:
+    """What the weights process lends, kept here: the memory lives for as long as its descriptors are open somewhere."""
+
+    lending: Lending
+    blob: bytes
+    descriptors: list[int]
+
+    def close(self) -> None:
+        """Let go of it."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
 class Weights:
-    """Keeps one weights process alive for as long as somebody borrows from it."""
+    """Keeps one weights process alive for as long as somebody borrows from it.
+
+    What it lends is kept, where that can be: then its end ends no borrower, and its successor loads nothing.
+    """
 
     def __init__(self, recipe: Recipe, spawner: Spawner, guard: Guard, timeouts: Timeouts, pause: HelpersPause) -> None:
         self._recipe = recipe
@@ -87,8 +126,10 @@ class Weights:
         self._starting: asyncio.Task[WeightsProcess] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._closing = False
+        self._loan: Loan | None = None
+        self._successors_failed = 0
         self.on_lost: Callable[[], None] = lambda: None
-        """Called when the weights process ended by itself: its borrowers cannot be trusted any more."""
+        """Called when the weights are gone: the process ended by itself, and what it lent could not be kept."""
 
     async def ready(self) -> WeightsProcess:
         """The process to borrow from; one start for all who wait for it. Raises ProcessLost.
@@ -105,6 +146,8 @@ class Weights:
     @property
     def lending(self) -> Lending | None:
         """What is lent now; None while nothing is."""
+        if self._loan is not None:
+            return self._loan.lending
         process = self._process
         return process.lending if process is not None and process.alive else None
 
@@ -125,17 +168,46 @@ class Weights:
             if self._closing:
                 raise ProcessLost("weights", "killed", "is not started any more: the worker is shutting down")
             process = self._process = WeightsProcess(self._spawner, self._guard, self._timeouts)
-            lending = await process.start(self._recipe)
+            lent = await process.start(self._recipe, self._loan)
         except ProcessLost as lost:
             if not self._closing:
                 self._pause.failed(turn, str(lost))
+                self._successor_failed()
             raise
         logger.info(
             "%s lends %.2f GB (import %.1f s, load %.1f s)",
-            *(process, lending.bytes / 1e9, lending.import_s, lending.load_s),
+            *(process, lent.bytes / 1e9, lent.import_s, lent.load_s),
         )
+        self._successors_failed = 0
+        if self._loan is None and lent.durable:
+            self._loan = await self._keep(process, lent)
+        process.kept = self._loan is not None
         self._watch = asyncio.create_task(self._await_end(process))
         return process
+
+    async def _keep(self, process: WeightsProcess, lent: Lending) -> Loan | None:
+        assert process.desk is not None
+        try:
+            blob, descriptors = await asyncio.to_thread(lending.ask, process.desk, lending.SEND_TIMEOUT)
+        except (EOFError, OSError) as error:
+            logger.warning("what %s lends could not be kept: %s. If it ends, its borrowers do.", process, error)
+            return None
+        return Loan(lent, blob, descriptors)
+
+    def _successor_failed(self) -> None:
+        """A loan that no process can take over is given up: the checkpoint is loaded again."""
+        if self._loan is None:
+            return
+        self._successors_failed += 1
+        if self._successors_failed >= SUCCESSORS:
+            logger.error("no process can take over what was lent, %d times: everything is loaded again", SUCCESSORS)
+            self._let_go()
+            self.on_lost()
+
+    def _let_go(self) -> None:
+        if self._loan is not None:
+            self._loan.close()
+        self._loan, self._successors_failed = None, 0
 
     def _started(self, starting: asyncio.Task[WeightsProcess]) -> None:
         self._starting = None
@@ -148,14 +220,19 @@ class Weights:
         try:
             if not self._closing:
                 self._pause.failed(self._pause.turn, "the weights process ended")
-                self.on_lost()
+                if self._loan is None:
+                    self.on_lost()
         finally:
             lost = await process.loss()
             await process.exited()
             if process.desk is not None:
                 process.desk.close()
             if not self._closing:
-                logger.error("%s Its borrowers are replaced.", lost)
+                what = "Its borrowers are replaced." if self._loan is None else "What it lent is kept; it is replaced."
+                logger.error("%s %s", lost, what)
+                if self._loan is not None:
+                    with contextlib.suppress(ProcessLost):
+                        await self.ready()
 
     async def close(self) -> None:
         """End the weights process. Its borrowers must have ended before."""
@@ -170,3 +247,4 @@ class Weights:
             if task is not None:
                 with contextlib.suppress(ProcessLost, asyncio.CancelledError):
                     await task
+        self._let_go()

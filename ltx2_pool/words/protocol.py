@@ -44,11 +44,27 @@ class Assign(_Message):
     """Borrow the weights over the second inherited descriptor instead of loading the checkpoint."""
 
 
+class Lending(_Message):
+    """Weights process to parent: the model is loaded and can be borrowed."""
+
+    type: Literal["lending"] = "lending"
+    import_s: float
+    load_s: float
+    bytes: int
+    """Of all lent tensors."""
+    overhead: int = 0
+    """Bytes of device memory that the weights process takes beside the tensors; 0 on a CPU."""
+    durable: bool = False
+    """What is lent is there for as long as somebody has its descriptors, whatever becomes of the weights process."""
+
+
 class Lend(_Message):
     """Parent to child, first and once: load the checkpoint and lend it over the second inherited descriptor."""
 
     type: Literal["lend"] = "lend"
     recipe: Recipe
+    kept: Lending | None = None
+    """Load nothing: go on lending what a process before lent. It comes over the second inherited descriptor first."""
 
 
 class Checksum(_Message):
@@ -126,18 +142,6 @@ class Ready(_Message):
     warm_s: float = 0
     """The rest of the warm-up video."""
     memory: Memory
-
-
-class Lending(_Message):
-    """Weights process to parent: the model is loaded and can be borrowed."""
-
-    type: Literal["lending"] = "lending"
-    import_s: float
-    load_s: float
-    bytes: int
-    """Of all lent tensors."""
-    overhead: int = 0
-    """Bytes of device memory that the weights process takes beside the tensors; 0 on a CPU."""
 
 
 class Checked(_Message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -20,11 +21,14 @@ import pytest
 import uvloop
 
 from ltx2_pool.caches import manifest
+from ltx2_pool.model import lending
+from ltx2_pool.processes import weights
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.shape import ShapeProcess
 from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.tools.stack import Stack
 from ltx2_pool.words import requests
+from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Compiled, Ready
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
@@ -129,6 +133,63 @@ def test_weights_are_held_once_and_nobody_changes_them(model, baked, tmp_path):
     uvloop.run(body())
 
 
+def test_what_is_lent_outlives_its_lender(model, baked, tmp_path):
+    video, digest = bakes_job(baked, A)
+
+    async def body() -> None:
+        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK)
+        async with processes(host, A) as ((process, _),):
+            before, lent = await host.weights.checksum(), host.lending
+            for _ in range(2):
+                killed = host.weights.pid
+                os.kill(killed, signal.SIGKILL)
+                while host.weights.pid in (killed, None):
+                    assert process.alive
+                    assert host.lending == lent
+                    await asyncio.sleep(0.01)
+                assert await host.weights.checksum() == before
+            other = host.process(Key(B))
+            await host.start_process(other, None)
+            for one in (process, other):
+                assert one.memory.weights == 0
+            data, _ = await make(process, video, tmp_path)
+            assert hashlib.sha256(data).hexdigest() == digest
+            await make(other, job(B), tmp_path)
+            other.kill()
+            # And a death of its own is not put down to a lender that died before.
+            os.kill(process.pid, signal.SIGKILL)
+            assert (await process.loss()).reason == "killed"
+
+    uvloop.run(body())
+
+
+def test_a_loan_that_nobody_can_take_over_is_given_up(model, baked, tmp_path, monkeypatch):
+    async def body() -> None:
+        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK)
+        async with processes(host, A) as ((process, _),):
+            before = await host.weights.checksum()
+            failures = iter(range(weights.SUCCESSORS))
+
+            def refused(*_: object) -> None:
+                next(failures)
+                raise OSError(24, "too many open files")
+
+            with monkeypatch.context() as short:
+                short.setattr(lending, "hand_over", refused)
+                os.kill(host.weights.pid, signal.SIGKILL)
+                while process.alive:
+                    with contextlib.suppress(ProcessLost):
+                        await host.prepare()
+                    await asyncio.sleep(0.01)
+            assert next(failures, None) is None
+            assert (await process.loss()).reason == "weights_lost"
+            host._pause.succeeded()
+            await host.prepare()
+            assert await host.weights.checksum() == before
+
+    uvloop.run(body())
+
+
 def lent_file(pid: int) -> int:
     for link in Path(f"/proc/{pid}/fd").iterdir():
         if "memfd:ltx2-weights" in str(link.readlink()):
@@ -188,7 +249,7 @@ def test_a_request_survives_kill_9_of_anything_below_the_worker(hot, victim):
     assert kill_during(hot, A, pid) == expected
     for shape in (B, C):
         check(ask(hot, shape), shape)  # replaced, or never touched
-    assert (pids(hot)[A.key] == before[A.key]) == (victim == "zygote")
+    assert (pids(hot)[A.key] == before[A.key]) == (victim != "child")
     assert not psutil.pid_exists(pid)
     # Nothing is left of those that died, and the dead helper has a successor.
     helpers = wait_for_helpers(hot)
