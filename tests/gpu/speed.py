@@ -194,8 +194,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--ways", nargs="+", default=list(rivals.WAYS), choices=rivals.WAYS)
-    parser.add_argument("--apart", action="store_true", help="load and compile one way after the other")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        default=["stock+pool", "pool, quantized", "in-process"],
+        metavar="WAY[+WAY]",
+        help="those joined by + load and compile together, and take turns after that [%(default)s]",
+    )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=560, help="no part goes on for longer [%(default)s]")
     parser.add_argument("--in-process", metavar="PART:JSON", help=argparse.SUPPRESS)
@@ -258,19 +263,22 @@ class Run:
     def rivals(self) -> None:
         rivals.TIMEOUT = self.left()
         given = (self.recipe, self.shapes, self.arguments.steps, self.arguments.repeat, self.work / "cache")
-        try:
-            found = rivals.run(*given, self.arguments.ways, self.tell, not self.arguments.apart)
-        except rivals.RivalError as error:
-            found = error.found
-            raise
-        finally:
-            self.report["rivals"] = found
-            self.report["ratios"] = {
-                f"{way} / stock, {shape.key}": round(ratio, 3)
-                for way in self.arguments.ways
-                for shape in self.shapes
-                if way != "stock" and (ratio := rivals.ratio(found, way, shape.key)) is not None
-            }
+        found: dict[str, Any] = {}
+        for ways in self.arguments.ways:
+            try:
+                result = rivals.run(*given, ways.split("+"), self.tell, together=True)
+            except rivals.RivalError as error:
+                traceback.print_exc()
+                self.report.setdefault("errors", {})[ways] = str(error)[-3000:]
+                result = error.found
+            found = {**result, "ways": {**found.get("ways", {}), **result["ways"]}}
+        self.report["rivals"] = found
+        self.report["ratios"] = {
+            f"{way} / stock, {shape.key}": round(ratio, 3)
+            for way in found["ways"]
+            for shape in self.shapes
+            if way != "stock" and (ratio := rivals.ratio(found, way, shape.key)) is not None
+        }
 
     def tell(self, what: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s: {what}", flush=True)
