@@ -27,8 +27,9 @@ from fastvideo.models.vaes.ltx2vae import (
     unpatchify,
 )
 
-WINDOW_PIXELS = 1 << 25
-"""Pixels of a window's frames: 16 frames of 1920x1088, 85 of 768x512. Its largest tensors then have 0.5 GiB."""
+WINDOW_PIXELS = 1 << 23
+"""Pixels of a window's frames, more or less: 21 frames of 768x512, and as few as can be of 1920x1088. The smaller, the
+sooner there is something to encode; a device has enough to do with one."""
 
 EPSILON = 1e-8
 """Of PixelNorm."""

@@ -261,12 +261,16 @@ class _Pickler(ForkingPickler):
 
     def persistent_id(self, obj: object) -> object:
         if isinstance(obj, torch.storage.TypedStorage):
-            storage = obj._untyped_storage  # its public methods warn that the class will go
-            size = storage.nbytes()  # before it is put, which may empty it
-            if self._device is not None and storage.device == self._device.device:
-                return obj.dtype, True, self._device.put(storage), size
-            if storage.device.type == "cpu":
-                return obj.dtype, False, self._file.put(storage), size
+            storage, dtype = obj._untyped_storage, obj.dtype  # its public methods warn that the class will go
+        elif isinstance(obj, torch.UntypedStorage):  # of a tensor whose dtype came after typed storages: FP8
+            storage, dtype = obj, torch.uint8  # as torch.load has it: the tensor says what it is
+        else:
+            return None
+        size = storage.nbytes()  # before it is put, which may empty it
+        if self._device is not None and storage.device == self._device.device:
+            return dtype, True, self._device.put(storage), size
+        if storage.device.type == "cpu":
+            return dtype, False, self._file.put(storage), size
         return None
 
     def reducer_override(self, obj: Any) -> Any:

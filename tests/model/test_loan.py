@@ -26,6 +26,7 @@ class Model(torch.nn.Module):
         self.view = torch.nn.Parameter(torch.arange(96, dtype=torch.bfloat16).view(3, 32)[1])
         self.register_buffer("none", torch.empty(0))
         self.loose = torch.arange(5)
+        self.register_buffer("small", torch.ones(8).to(torch.float8_e4m3fn))
 
 
 def model() -> dict[str, Any]:
@@ -48,7 +49,7 @@ def test_what_is_lent_is_attached(monkeypatch: pytest.MonkeyPatch, on_device: bo
     }
     digest = engine.digest(original)
     loan = weights.Loan(original, HERE if on_device else None)
-    assert loan.bytes == 100 * 32 * 4 + 96 * 2
+    assert loan.bytes == 100 * 32 * 4 + 96 * 2 + 8
     assert loan.digest() == digest
     blob, descriptors = loan.answer()
     assert len(descriptors) == (2 if on_device else 1)

@@ -208,7 +208,7 @@ async def _stock(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
     from fastvideo import VideoGenerator
 
     config = schema.GeneratorConfig(
-        model_path=recipe.model_path,
+        model_path=str(_distilled(recipe.model_path, root)),
         engine=schema.EngineConfig(
             num_gpus=1,
             offload=schema.OffloadConfig(
@@ -250,6 +250,19 @@ async def _stock(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
         return {"generation": float(result.generation_time or 0)}
 
     yield make
+
+
+def _distilled(model: str, root: Path) -> Path:
+    """The checkpoint under a name by which FastVideo knows that a step is one pass through the transformer.
+
+    It decides by the directory: without "distilled", four passes are the default (registry.py,
+    pipelines/basic/ltx2/presets.py). All others here make one.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    link = root / "LTX2-Distilled"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(model).resolve())
+    return link
 
 
 @contextlib.asynccontextmanager
