@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.multiprocessing  # registers the reductions of CUDA tensors
 
-from ltx2_pool.model import engine, lending, vmm
-from ltx2_pool.words import protocol
+from ltx2_pool.model import engine, vmm
+from ltx2_pool.words import lending, protocol
 from ltx2_pool.words.protocol import Broken, Checked, Checksum, Lend, Lending
 
 _ALIGNMENT = 64

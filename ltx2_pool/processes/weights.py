@@ -10,11 +10,11 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ltx2_pool.model import lending
 from ltx2_pool.processes.guard import Guard
 from ltx2_pool.processes.pause import HelpersPause
 from ltx2_pool.processes.process import ChildProcess, Gone, Timeouts
 from ltx2_pool.processes.spawner import Spawner
+from ltx2_pool.words import lending
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Checked, Checksum, Lend, Lending
 from ltx2_pool.words.recipe import Recipe

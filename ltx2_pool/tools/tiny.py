@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltx2_pool.tools import tokenizer
 from ltx2_pool.tools.dimensions import TINY, Dimensions, connector_name, large
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class _Writer:
         self._transformer()
         self._vae()
         self._audio()
-        self._text_encoder(self._tokenizer())
+        self._text_encoder(tokenizer.write(self.root))
         classes = {
             "audio_vae": ["diffusers", "LTX2AudioDecoder"],
             "text_encoder": ["transformers", "LTX2GemmaTextEncoderModel"],
@@ -270,43 +271,7 @@ class _Writer:
         }
         self._component("vocoder", vocoder, self._fill(LTX2Vocoder(vocoder).model.state_dict()))
 
-    def _tokenizer(self) -> Any:
-        """A small but real BPE tokenizer in Gemma's manner (bytes as a fallback, so it can encode anything)."""
-        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-        from transformers import GemmaTokenizer
-
-        special = [
-            "<pad>",
-            "<eos>",
-            "<bos>",
-            "<unk>",
-            "<mask>",
-            "<start_of_turn>",
-            "<end_of_turn>",
-            "<start_of_image>",
-            "<end_of_image>",
-            "<image_soft_token>",
-        ]
-        corpus = [
-            "a red fox runs through fresh snow at dawn while the camera follows close to the ground",
-            "slow aerial view over a harbour town, warm evening light, boats, gulls, cinematic, highly detailed",
-            "a potter shapes wet clay on a wheel, shallow depth of field, the sound of rain outside 0123456789",
-        ]
-        bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        bpe.normalizer = normalizers.Replace(" ", "▁")
-        bpe.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-        initial = special + [f"<0x{byte:02X}>" for byte in range(256)]
-        bpe.train_from_iterator(
-            corpus, trainers.BpeTrainer(vocab_size=512, special_tokens=initial, show_progress=False)
-        )
-        trained = json.loads(bpe.to_str())["model"]
-        merges = [tuple(pair) for pair in trained["merges"]]
-        tokenizer = GemmaTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=131072)
-        tokenizer.save_pretrained(self.root / "tokenizer")
-        tokenizer.save_pretrained(self.root / "text_encoder" / "gemma")
-        return tokenizer
-
-    def _text_encoder(self, tokenizer: Any) -> None:
+    def _text_encoder(self, words: Any) -> None:
         import torch
         from fastvideo.configs.models.encoders import LTX2GemmaConfig
         from fastvideo.models.encoders.gemma import LTX2GemmaTextEncoderModel
@@ -316,7 +281,7 @@ class _Writer:
         d = self.d
         gemma_config = Gemma3Config(
             text_config={
-                "vocab_size": d.vocabulary or -(-len(tokenizer) // 64) * 64,
+                "vocab_size": d.vocabulary or -(-len(words) // 64) * 64,
                 "hidden_size": d.hidden,
                 "intermediate_size": d.gemma_intermediate,
                 "num_hidden_layers": d.gemma_layers,

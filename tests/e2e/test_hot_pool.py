@@ -21,13 +21,12 @@ import pytest
 import uvloop
 
 from ltx2_pool.caches import manifest
-from ltx2_pool.model import lending
 from ltx2_pool.processes import weights
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.shape import ShapeProcess
 from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.tools.stack import Stack
-from ltx2_pool.words import requests
+from ltx2_pool.words import lending, requests
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Compiled, Ready
 from ltx2_pool.words.recipe import Recipe

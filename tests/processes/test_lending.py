@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ltx2_pool.model import lending
+from ltx2_pool.words import lending
 
 BLOB = os.urandom(4 << 20)
 
