@@ -18,6 +18,7 @@ import functools
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -58,15 +59,31 @@ def profile(recipe: Recipe, shapes: Sequence[Shape], steps: int, cache_root: Pat
         with profiler(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
             generator.generate(job, on_phase=lambda _phase, marks=marks: marks.append(time.perf_counter()))
             wall = time.perf_counter() - marks[0]
+        walls = []
+        for _ in range(5):
+            marks.clear()
+            generator.generate(job, on_phase=lambda _phase, marks=marks: marks.append(time.perf_counter()))
+            walls.append(time.perf_counter() - marks[0])
         events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        busy, end = 0.0, 0.0
-        for begin, stop in sorted((event.time_range.start, event.time_range.end) for event in events):
+        spans = sorted((event.time_range.start, event.time_range.end, event.name[:60]) for event in events)
+        busy, (first, end, last) = 0.0, (spans[0][0], spans[0][0], "")
+        gaps: list[tuple[float, float, str, str]] = []
+        for begin, stop, name in spans:
+            if begin > end:
+                gaps.append((round((begin - end) / 1e3, 2), round((end - first) / 1e3), last, name))
             busy += max(0.0, stop - max(begin, end))
-            end = max(end, stop)
+            end, last = (stop, name) if stop > end else (end, last)
         kernels = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)
         found: dict[str, Any] = {
-            "wall_s": wall,
-            "busy": busy / 1e6 / wall,
+            "traced_wall_s": wall,
+            "wall_s": statistics.median(walls),
+            "busy_s": busy / 1e6,
+            "busy": busy / 1e6 / statistics.median(walls),
+            "gaps_ms_at_ms": sorted(gaps, reverse=True)[:12],
+            "idle_ms_each_50_ms": [
+                round(sum(length for length, at, *_ in gaps if at // 50 == part), 1)
+                for part in range(int((end - first) / 50e3) + 1)
+            ],
             "kernels": [[e.key[:90], e.count, round(e.self_device_time_total / 1e3, 1)] for e in kernels[:25]],
         }
         torch.cuda.reset_peak_memory_stats()
