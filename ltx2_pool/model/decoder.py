@@ -110,7 +110,7 @@ class StreamingDecoder:
             for index, step in enumerate(self._tail):
                 y, carries[index] = step(y, carries[index], last)
             y, before = self._leave(y, before, last, activated=True)
-            yield planes(unpatchify(y, self._patch_size))
+            yield pictures(y, self._patch_size)
 
     def _window(self, x: torch.Tensor) -> int:
         """How many frames of `x`, what enters the tail, are a window."""
@@ -174,16 +174,18 @@ class _Upsampling:
     def __call__(self, x: torch.Tensor, carry: Carry, last: bool) -> tuple[torch.Tensor, Carry]:
         (before,) = carry or (None,)
         y, kept = self._conv(x, before, last)
-        if self._repeats:
-            seen = x if before is None else torch.cat((before[:, :, 1:], x), dim=2)
-            same = _to_space(seen[:, :, : y.shape[2]], self._stride)
-            y = _to_space(y, self._stride)
-            y += same.repeat(1, self._repeats, 1, 1, 1)
-        else:
-            y = _to_space(y, self._stride)
-        if before is None and self._stride[0] == 2:
-            y = y[:, :, 1:]
+        y = to_space(y, self._stride, x, before, self._repeats)
         return y, (kept,)
+
+
+def pictures(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """What the last convolution makes, patches of `patch` x `patch` pixels in [1, 3 * patch * patch, frames, rows,
+    columns], as :func:`planes` has it."""
+    if x.is_cuda:
+        from ltx2_pool.model import kernels
+
+        return kernels.pictures(x, patch)
+    return planes(unpatchify(x, patch))
 
 
 def planes(x: torch.Tensor) -> torch.Tensor:
@@ -233,7 +235,27 @@ def _last_two(x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
     return x[:, :, -2:].clone(memory_format=torch.channels_last_3d)
 
 
-def _to_space(x: torch.Tensor, stride: tuple[int, int, int]) -> torch.Tensor:
+def to_space(
+    y: torch.Tensor, stride: tuple[int, int, int], x: torch.Tensor, before: torch.Tensor | None, repeats: int
+) -> torch.Tensor:
+    """An upsampling after its convolution: `y` [1, channels * t * y * x, frames, height, width] with its channels moved
+    to time and space, plus what the convolution was given, moved likewise and `repeats` times (0: without that).
+
+    It was given the window `x` after the frames `before` it; with None, this is the beginning, and where time is
+    upsampled the very first frame is dropped.
+    """
+    if y.is_cuda:
+        from ltx2_pool.model import kernels
+
+        return kernels.to_space(y, stride, x, before, repeats)
+    moved = _moved(y, stride)
+    if repeats:
+        seen = x if before is None else torch.cat((before[:, :, 1:], x), dim=2)
+        moved += _moved(seen[:, :, : y.shape[2]], stride).repeat(1, repeats, 1, 1, 1)
+    return moved[:, :, 1:] if before is None and stride[0] == 2 else moved
+
+
+def _moved(x: torch.Tensor, stride: tuple[int, int, int]) -> torch.Tensor:
     """[1, channels * t * y * x, frames, height, width] as [1, channels, frames * t, height * y, width * x]."""
     t, y, z = stride
     _, channels, frames, height, width = x.shape

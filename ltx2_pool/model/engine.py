@@ -46,6 +46,7 @@ from torch._inductor.codecache import torch_key
 
 from ltx2_pool.model import attention
 from ltx2_pool.model.decoder import StreamingDecoder, obstacle, planes
+from ltx2_pool.model.denoising import constants_made_once
 from ltx2_pool.model.executor import InProcessExecutor
 from ltx2_pool.model.faults import is_compile_failure as is_compile_failure
 from ltx2_pool.model.faults import is_fatal as is_fatal
@@ -113,12 +114,13 @@ class Generator:
         self._args: FastVideoArgs = video_generator.fastvideo_args
         self._executor: InProcessExecutor = video_generator.executor
         self._on_phase: OnPhase = _ignore
-        for name, phase in (
-            ("prompt_encoding_stage", "text"),
-            ("latent_preparation_stage", "denoise"),
-            ("audio_decoding_stage", "decode"),
-        ):
-            self._announce(self._stage(name), phase)
+        self._announce(self._stage("prompt_encoding_stage"), "text")
+        self._announce(self._stage("latent_preparation_stage"), "denoise")
+        denoising = self._stage("denoising_stage")
+        denoising.forward = _with_constants(denoising)
+        # Audio is decoded later, beside the frames: see generate().
+        self._decode_audio = self._stage("audio_decoding_stage").forward
+        self._stage("audio_decoding_stage").forward = lambda batch, _args: batch
         # FastVideo's own way to leave the decoding to somebody else (pipelines/stages/decoding.py: forward).
         self._args.output_type = "latent"
         vae = self.modules["vae"]
@@ -178,12 +180,18 @@ class Generator:
         self._on_phase = on_phase or _ignore
         with _step_hook(on_step):
             output = self._executor.execute_forward(batch, self._args)
-        audio = output.extra.get("audio")
-        if audio is not None and sink is not None:
-            sink.audio(audio.detach().float().cpu().numpy(), int(output.extra.get("audio_sample_rate") or 0))
-        latents, output = output.latents, None
+        _synchronize()
+        self._on_phase("decode")
         with torch.no_grad():
-            for pictures in self._way_out.arrivals(self._frames(latents)):
+            frames = self._frames(output.latents)
+            # The device has these to work on while the many small kernels of the audio are launched.
+            first = next(frames)
+            output = self._decode_audio(output, self._args)
+            audio = output.extra.get("audio")
+            if audio is not None and sink is not None:
+                sink.audio(audio.detach().float().cpu().numpy(), int(output.extra.get("audio_sample_rate") or 0))
+            output.latents = None
+            for pictures in self._way_out.arrivals(itertools.chain([first], frames)):
                 if sink is not None:
                     sink.frames(pictures)
 
@@ -304,6 +312,17 @@ def _ignore(_phase: str) -> None:
     pass
 
 
+def _with_constants(stage: Any) -> Callable[[ForwardBatch, FastVideoArgs], ForwardBatch]:
+    forward = stage.forward
+
+    def denoise(batch: ForwardBatch, args: FastVideoArgs) -> ForwardBatch:
+        with constants_made_once(stage.transformer):
+            result: ForwardBatch = forward(batch, args)
+            return result
+
+    return denoise
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -324,6 +343,7 @@ class _step_hook:
         def steps(iterable: Iterable[int]) -> Iterator[int]:
             indices = list(iterable)
             for index in indices:
+                _synchronize()
                 if self._on_step is not None:
                     self._on_step(index, len(indices))
                 yield index

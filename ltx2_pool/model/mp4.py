@@ -30,7 +30,8 @@ _LIMITED = 1
 class Encoder:
     """Writes one job's video as MP4, with audio in AAC, in a thread of its own while frames are still being made.
 
-    The same audio, frames and settings give the same bytes. Use it as a context manager: what was not finished is
+    The same audio, frames and settings give the same bytes, in a process that uses one codec only: after x265, x264
+    makes other bytes now and then. Use it as a context manager: what was not finished is
     abandoned. Whatever goes wrong in the thread (an OSError for a disk that is full) is raised by the next call.
     """
 
@@ -107,7 +108,7 @@ class Encoder:
                 self._encode_audio(container, self._audio)
             while (pictures := self._pictures.get()) is not None and not self._abandoned:
                 for picture in pictures:
-                    container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
+                    container.mux(video.encode(av.VideoFrame.from_numpy_buffer(picture, format="yuv420p")))
             container.mux(video.encode())
 
     def _encode_audio(self, container: av.container.OutputContainer, samples: npt.NDArray[np.float32]) -> None:

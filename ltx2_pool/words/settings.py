@@ -231,7 +231,7 @@ class Settings(BaseModel):
         "libx264", "LTX2_VIDEO_CODEC", "encoder of the MP4: libx264 or libx265", flag="--video-codec"
     )
     video_preset: VideoPreset = _option(
-        "veryfast",
+        "superfast",
         "LTX2_VIDEO_PRESET",
         "the encoder's trade of time for size, from ultrafast to veryslow",
         flag="--video-preset",

@@ -159,6 +159,10 @@ def test_a_checkpoint_that_is_away_for_a_while(stack, own_model):
         assert pids(stack)[B.key] == before[B.key]
 
         os.kill(stack.status()["helpers"]["weights"], signal.SIGKILL)
+        check(ask(stack, B), B)
+        assert pids(stack)[B.key] == before[B.key]
+
+        os.kill(before[B.key], signal.SIGKILL)
         tried = in_background(lambda: request(stack, B))
         wait(lambda: stack.status()["health"] == "unable")
         wait(lambda: health(stack) == 503)
