@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import queue
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import numpy.typing as npt
+from av.codec.context import Flags
 
 from ltx2_pool.words.recipe import VideoSettings
 from ltx2_pool.words.requests import Job
@@ -20,7 +22,7 @@ from ltx2_pool.words.requests import Job
 _AUDIO_FRAME = 1024
 """Samples of one AAC frame."""
 _THREADS = 12
-"""Of the encoder. A number of its own, because other numbers may give other bytes: every host makes the same ones."""
+"""Of each encoder. A number of its own, because other numbers may give other bytes: every host makes the same ones."""
 _BT709 = 1
 """Matrix, primaries and transfer (ITU-T H.273); as :func:`ltx2_pool.model.decoder.planes` makes them."""
 _LIMITED = 1
@@ -28,100 +30,138 @@ _LIMITED = 1
 
 
 class Encoder:
-    """Writes one job's video as MP4, with audio in AAC, in a thread of its own while frames are still being made.
+    """Writes one job's video as MP4, with audio in AAC; encodes in threads of its own while frames are being made.
+
+    Every second begins with a keyframe and has an encoder to itself, so that several seconds are encoded at once: the
+    threads of a single x264 wait for each other most of the time.
 
     The same audio, frames and settings give the same bytes, in a process that uses one codec only: after x265, x264
-    makes other bytes now and then. Use it as a context manager: what was not finished is
-    abandoned. Whatever goes wrong in the thread (an OSError for a disk that is full) is raised by the next call.
+    makes other bytes now and then. Use it as a context manager: what was not finished is abandoned.
     """
 
     def __init__(self, path: Path, job: Job, settings: VideoSettings) -> None:
-        self._path = path
         self._job = job
         self._settings = settings
-        self._audio: npt.NDArray[np.float32] | None = None
+        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        if job.comment:
+            self._container.metadata["comment"] = job.comment
+        self._video = self._container.add_stream(settings.codec, rate=job.fps)
+        self._sound: _Track | None = None
+        self._seconds: list[_Track] = []
+        self._count = 0
         self.sample_rate = 0
         """Hz; 0 without audio."""
-        self._pictures: queue.SimpleQueue[npt.NDArray[np.uint8] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._abandoned = False
-        self._error: Exception | None = None
 
     def audio(self, samples: npt.NDArray[np.float32], sample_rate: int) -> None:
         """The whole track, [samples], [samples, channels] or [channels, samples] in -1..1. Before the first frame.
 
         Raises ValueError for more than two channels.
         """
-        self._audio, self.sample_rate = _as_samples(samples), sample_rate
+        samples, self.sample_rate = _as_samples(samples), sample_rate
+        layout = "stereo" if samples.shape[1] == 2 else "mono"
+        stream = self._container.add_stream("aac", rate=sample_rate, layout=layout)
+        self._sound = _Track(stream.codec_context)
+        for start in range(0, len(samples), _AUDIO_FRAME):
+            chunk = np.ascontiguousarray(samples[start : start + _AUDIO_FRAME].T)
+            frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout=layout)
+            frame.sample_rate = sample_rate
+            frame.pts, frame.time_base = start, Fraction(1, sample_rate)
+            self._sound.add(frame)
+        self._sound.end()
 
     def frames(self, pictures: npt.NDArray[np.uint8]) -> None:
         """The next frames, each an I420 picture: [frames, height * 3 / 2, width]. Returns at once, and keeps them."""
-        if self._error is not None:
-            raise self._error
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="encode", daemon=True)
-            self._thread.start()
-        self._pictures.put(pictures)
+        for picture in pictures:
+            if self._count % self._job.fps == 0:
+                self._next_second()
+            frame = av.VideoFrame.from_numpy_buffer(picture, format="yuv420p")
+            frame.pts, frame.time_base = self._count, Fraction(1, self._job.fps)
+            self._seconds[-1].add(frame)
+            self._count += 1
+
+    def _next_second(self) -> None:
+        context = self._video.codec_context  # the first one's: from it, the file knows what all have in common
+        if self._seconds:
+            self._seconds[-1].end()
+            context = av.VideoCodecContext.create(self._settings.codec, "w")
+            context.framerate, context.time_base = self._job.fps, Fraction(1, self._job.fps)
+            context.flags |= Flags.global_header
+        settings = self._settings
+        context.options = {"preset": settings.preset, "crf": str(settings.quality)}
+        if settings.codec == "libx265":
+            context.options |= {"x265-params": f"pools={_THREADS}:log-level=error"}
+        context.width, context.height = self._job.shape.width, self._job.shape.height
+        context.pix_fmt = "yuv420p"
+        context.thread_count, context.thread_type = _THREADS, "FRAME"
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = _LIMITED
+        self._seconds.append(_Track(context))
 
     def finish(self) -> None:
-        """Wait until the file is whole."""
-        self._pictures.put(None)
-        if self._thread is not None:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
+        """Wait for the encoders and write the file. Raises OSError when that fails, for a disk that is full."""
+        if self._seconds:
+            self._seconds[-1].end()
+        tracks = [(self._video, second) for second in self._seconds]
+        if self._sound is not None:
+            tracks.append((self._container.streams.audio[0], self._sound))
+        for stream, track in tracks:
+            for packet in track.packets():
+                packet.stream = stream
+                self._container.mux(packet)
+        self._container.close()
 
     def __enter__(self) -> Encoder:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        for track in (*self._seconds, *filter(None, [self._sound])):
+            track.abandon()
+        with contextlib.suppress(OSError):
+            self._container.close()
+
+
+class _Track:
+    """What one codec makes of its frames, in a thread of its own."""
+
+    def __init__(self, context: av.CodecContext) -> None:
+        self._context = context
+        self._frames: queue.SimpleQueue[av.frame.Frame | None] = queue.SimpleQueue()
+        self._packets: list[av.Packet] = []
+        self._error: Exception | None = None
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name="encode", daemon=True)
+        self._thread.start()
+
+    def add(self, frame: av.frame.Frame) -> None:
+        self._frames.put(frame)
+
+    def end(self) -> None:
+        """No more frames come."""
+        self._frames.put(None)
+
+    def packets(self) -> list[av.Packet]:
+        """Wait for all of them. Raises what went wrong in the thread."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._packets
+
+    def abandon(self) -> None:
+        """Whatever is not encoded is not wanted any more; returns when the thread has ended."""
         self._abandoned = True
-        self._pictures.put(None)
-        if self._thread is not None:
-            self._thread.join()
+        self.end()
+        self._thread.join()
 
     def _run(self) -> None:
         try:
             # A signal is for the main thread, which may have to answer it at once.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            self._encode()
+            while (frame := self._frames.get()) is not None and not self._abandoned:
+                self._packets += self._context.encode(frame)
+            if not self._abandoned:
+                self._packets += self._context.encode(None)
         except Exception as error:
             self._error = error
-
-    def _encode(self) -> None:
-        job, settings = self._job, self._settings
-        with av.open(str(self._path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            if job.comment:
-                container.metadata["comment"] = job.comment
-            options = {"preset": settings.preset, "crf": str(settings.quality)}
-            if settings.codec == "libx265":
-                options["x265-params"] = f"pools={_THREADS}:log-level=error"
-            video = container.add_stream(settings.codec, rate=job.fps, options=options)
-            video.width, video.height, video.pix_fmt = job.shape.width, job.shape.height, "yuv420p"
-            video.codec_context.thread_count = _THREADS
-            video.codec_context.thread_type = "FRAME"
-            for name in ("color_primaries", "color_trc", "colorspace"):
-                setattr(video.codec_context, name, _BT709)
-            video.codec_context.color_range = _LIMITED
-            if self._audio is not None:
-                # First: it is there, and the end of the frames is then the end of the file.
-                self._encode_audio(container, self._audio)
-            while (pictures := self._pictures.get()) is not None and not self._abandoned:
-                for picture in pictures:
-                    container.mux(video.encode(av.VideoFrame.from_numpy_buffer(picture, format="yuv420p")))
-            container.mux(video.encode())
-
-    def _encode_audio(self, container: av.container.OutputContainer, samples: npt.NDArray[np.float32]) -> None:
-        layout = "stereo" if samples.shape[1] == 2 else "mono"
-        stream = container.add_stream("aac", rate=self.sample_rate, layout=layout)
-        for start in range(0, len(samples), _AUDIO_FRAME):
-            chunk = np.ascontiguousarray(samples[start : start + _AUDIO_FRAME].T)
-            frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout=layout)
-            frame.sample_rate = self.sample_rate
-            frame.pts = start
-            frame.time_base = Fraction(1, self.sample_rate)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
 
 
 def _as_samples(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
