@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from ltx2_pool.model import confine
+
 DEADLINE = 90.0
+CONFINED = [sys.executable, "-m", "ltx2_pool.tools.imaginary", "--confined"]
+"""An imaginary child that is confined as a real one is."""
+needs_landlock = pytest.mark.skipif(
+    confine._call(confine._CREATE_RULESET, None, ctypes.c_size_t(0), confine._CREATE_RULESET_VERSION)
+    < confine._REFER_SINCE,
+    reason="this kernel has no Landlock, or an old one",
+)
 
 
 async def until(condition: Callable[[], object], seconds: float = DEADLINE) -> None:

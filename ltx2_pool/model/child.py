@@ -50,7 +50,7 @@ _PR_SET_PDEATHSIG = 1
 _MAX_ERROR = 2000
 """Characters of an error that are sent; the whole of it is printed."""
 
-Kind = Literal["refused", "soft", "cancelled", "fatal", "oom", "compile"]
+Kind = Literal["refused", "soft", "cancelled", "fatal", "oom", "compile", "barred"]
 """As :class:`ltx2_pool.words.protocol.Failed` has it."""
 
 
@@ -198,6 +198,7 @@ class ShapeServer:
             self._send(Step(job_id=job.id, done=done, total=total))
 
         before = engine.compiled_so_far()
+        output: int | None = None
         try:
             # First, because a directory that is gone or full must not cost the device a video. The worker has made the
             # file, and removes it; another one, or a link in its place, is not written to.
@@ -218,7 +219,9 @@ class ShapeServer:
             memory = _memory_after_failure(error, generator.weights_bytes)
         except Exception as error:
             traceback.print_exc()
-            kind, text = _kind(error), _text(error)
+            # Where the worker has just made the file. A new process is confined to the directories of now.
+            barred = output is None and isinstance(error, PermissionError)
+            kind, text = "barred" if barred else _kind(error), _text(error)
             memory = _memory_after_failure(error, generator.weights_bytes)
         else:
             ends = [begin for _, begin in phases[1:]] + [time.monotonic()]

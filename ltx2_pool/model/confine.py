@@ -42,10 +42,12 @@ def confine_to_cache(environ: Mapping[str, str]) -> bool:
     if not named:
         return False
     own = Path(named).parent
-    if SHARED_MEMORY in own.resolve().parents:  # they need to make new files there, and Landlock knows no exceptions
-        print(f"not confined to {own}: the caches are below {SHARED_MEMORY}", file=sys.stderr, flush=True)
+    caches = own.parent.resolve()
+    shared = SHARED_MEMORY.resolve()
+    if shared in (caches, *caches.parents):  # they need to make new files there, and Landlock knows no exceptions
+        print(f"not confined to {own}: the caches are in {SHARED_MEMORY}", file=sys.stderr, flush=True)
         return False
-    return confine([own], own.parent)
+    return confine([own], caches)
 
 
 def confine(writable: Sequence[Path], forbidden: Path) -> bool:

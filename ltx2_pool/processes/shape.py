@@ -121,6 +121,8 @@ class ShapeProcess(ChildProcess, Process):
             raise JobFailed(self.key, answer.kind, answer.error, answer.memory)
         if answer.kind == "oom":
             self._doom("oom", f"had not enough memory: {answer.error}")
+        elif answer.kind == "barred":
+            self._doom("system", f"may not write the file that it was given: {answer.error}")
         elif answer.kind == "fatal":
             self._doom("cuda_fault", f"was ended by a fatal error: {answer.error}")
         elif endings.is_machines_fault(answer.error):

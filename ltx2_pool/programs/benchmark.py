@@ -229,7 +229,8 @@ def _chaos(arguments: argparse.Namespace, console: Console) -> int:
         else:
             pool = worlds.imaginary(menu, run_dir)
             kinds = (*kinds, *faults.OF_HELPERS)
-            check, prompt = worlds.is_imaginary, chaos.imaginary_prompts(arguments.seed, run_dir)
+            (met := run_dir / "met").mkdir()
+            check, prompt = worlds.is_imaginary, chaos.imaginary_prompts(arguments.seed, met)
 
         async def run() -> chaos.Ledger:
             one = chaos.Chaos(pool, menu, run_dir, run_dir / "videos", kinds, check, prompt)

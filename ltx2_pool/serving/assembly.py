@@ -88,7 +88,7 @@ def pool(
 
     Raises OSError when nothing can be made in it.
     """
-    # Before the first process, which may be confined to what is there when it starts (model/confine.py).
+    # Before the first process: one confined to what is there before it (model/confine.py) is lost with its first job.
     videos = run_dir / "videos"
     videos.mkdir(mode=0o700, exist_ok=True)
     host: Host

@@ -1,8 +1,9 @@
 """The real child program over an engine that is made up: a pool can be driven, and broken, without a model.
 
-Run ``python -m ltx2_pool.tools.imaginary FD [FD]`` in place of ``ltx2_pool.model.child``, or have a zygote fork
-`serve`. The prompt of a job says how it misbehaves, ``LTX2_IMAGINARY`` how a start does: both are listed in
-:mod:`ltx2_pool.tools.misbehaviour`.
+Run ``python -m ltx2_pool.tools.imaginary [--confined] FD [FD]`` in place of ``ltx2_pool.model.child``, or have a zygote
+fork `serve`. The prompt of a job says how it misbehaves, ``LTX2_IMAGINARY`` how a start does: both are listed in
+:mod:`ltx2_pool.tools.misbehaviour`. With ``--confined`` it is kept out of the other caches as a real child is, and
+can make no file directly in a directory on the way to them, whatever those lists say.
 
 ``LTX2_IMAGINARY`` is a list such as ``64x64@9f=eof,weights=hang``; ``BEHAVIOUR:once:FILE`` misbehaves only while the
 file is absent, and makes it.
@@ -166,8 +167,8 @@ class WeightsServer:
         self._connection.send_bytes(protocol.encode(message))
 
 
-def serve(connection_fd: int, desk_fd: int | None = None) -> None:
-    """As the child's."""
+def serve(connection_fd: int, desk_fd: int | None = None, *, confined: bool = False) -> None:
+    """As the child's, which is always confined."""
     misbehaviour.child.connection_fd = connection_fd
     this = sys.modules[__name__]
     for name in ("engine", "mp4", "weights"):
@@ -175,7 +176,8 @@ def serve(connection_fd: int, desk_fd: int | None = None) -> None:
         setattr(ltx2_pool.model, name, this)
     if "=deaf" in os.environ.get("LTX2_IMAGINARY", ""):
         child._ping = lambda connection: None
-    child.confine_to_cache = lambda environ: False  # markers and gates are beside the caches of a test
+    if not confined:  # markers and videos are beside the caches of a test
+        child.confine_to_cache = lambda environ: False
     start = child.ShapeServer._start
 
     def misbehaving(server: child.ShapeServer, assign: protocol.Assign, desk: socket | None) -> Any:
@@ -191,7 +193,9 @@ def serve(connection_fd: int, desk_fd: int | None = None) -> None:
 def main() -> NoReturn:
     """As the child's."""
     child._die_with_parent()
-    serve(*map(int, sys.argv[1:]))
+    arguments = sys.argv[1:]
+    confined = arguments[0] == "--confined"
+    serve(*map(int, arguments[confined:]), confined=confined)
     child._exit(0)
 
 

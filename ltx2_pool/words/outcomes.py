@@ -36,7 +36,7 @@ Reason = Literal[
 
 The first three are failed starts. ``oom`` is memory, of the device or of the host, that ran out; ``killed`` is a signal
 from outside; ``silent`` sent nothing for too long; ``helper`` means that the zygote, the weights process or the guard
-could not be started, ``system`` that this machine refused a descriptor, a process, memory or room on a disk.
+could not be started, ``system`` that this machine refused a descriptor, a process, memory, room on a disk or a file.
 """
 
 REASONS: tuple[Reason, ...] = get_args(Reason)

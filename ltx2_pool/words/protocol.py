@@ -183,12 +183,16 @@ class Done(_Message):
 
 
 class Failed(_Message):
-    """Child to parent: no video. After ``fatal``, ``oom`` and ``compile`` the child ends, else it serves on."""
+    """Child to parent: no video. The child serves on after ``refused``, ``soft`` and ``cancelled``, else it ends."""
 
     type: Literal["failed"] = "failed"
     job_id: str
-    kind: Literal["refused", "soft", "cancelled", "fatal", "oom", "compile"]
-    """``refused`` is soft too: the pipeline did not accept the parameters, so the client can correct them."""
+    kind: Literal["refused", "soft", "cancelled", "fatal", "oom", "compile", "barred"]
+    """``refused`` is soft too: the pipeline did not accept the parameters, so the client can correct them.
+
+    ``barred``: this process may not write the file, as one that is confined to a directory that has since been made
+    again; a process that starts now may.
+    """
     error: str
     """``ExceptionClass: message``."""
     memory: Memory | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import time
@@ -22,7 +23,7 @@ from ltx2_pool.words.device import Device
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Memory, Phase
 from ltx2_pool.words.shapes import Key
-from tests.children import until
+from tests.children import CONFINED, needs_landlock, until
 
 from .conftest import GIB, A, B, gathered, job, make, maker, nothing, pids, states
 
@@ -241,3 +242,39 @@ async def test_a_listener_that_raises_costs_nobody_a_process(make_pool):
     async with make_pool(metrics=metrics) as pool:
         assert (await pool.generate(job(), listener)).path.exists()
         assert metrics.spawns.labels(A.key)._value.get() == 1
+
+
+@needs_landlock
+async def test_a_directory_of_videos_that_is_gone_costs_confined_shapes_a_process_and_no_job(make_pool, tmp_path):
+    """They were kept out of the new one for ever, and every job of a hot shape failed from then on."""
+    videos, metrics = tmp_path / "run", Metrics([A.key, B.key])
+    videos.mkdir()
+    async with make_pool(spawner=ExecSpawner(CONFINED), metrics=metrics) as pool:
+        for _ in range(3):
+            before = [maker(await make(pool, shape)) for shape in (A, B)]
+            shutil.rmtree(videos)
+            after = [maker(await make(pool, shape)) for shape in (A, B)]
+            assert set(before).isdisjoint(after)
+            assert pids(pool) == dict(zip((A.key, B.key), after, strict=True))
+        assert metrics.failures.labels("system")._value.get() == 6
+        assert metrics.retries.labels(A.key)._value.get() == 3
+
+
+@needs_landlock
+async def test_a_directory_that_no_process_may_write_costs_a_job_three_processes_and_nobody_is_blamed(
+    make_pool, tmp_path
+):
+    """It is beside the caches, where confinement lets nobody write."""
+    forbidden = tmp_path / "cache" / "per-shape" / "run"
+    forbidden.mkdir(parents=True)
+    (tmp_path / "run").symlink_to(forbidden)
+    metrics = Metrics([A.key])
+    async with make_pool(spawner=ExecSpawner(CONFINED), metrics=metrics) as pool:
+        for number in (1, 2, 3):
+            with pytest.raises(ProcessLost, match="may not write the file") as lost:  # and never Poisonous
+                await make(pool)
+            assert lost.value.reason == "system"
+            assert metrics.spawns.labels(A.key)._value.get() == number * RIDDLES
+        (tmp_path / "run").unlink()
+        (tmp_path / "run").mkdir()
+        assert (await make(pool)).path.exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -14,10 +16,11 @@ from typing import Any
 
 import pytest
 
+from ltx2_pool.processes.spawner import ExecSpawner
 from ltx2_pool.words import protocol
 from ltx2_pool.words.outcomes import JobFailed, ProcessLost
 from ltx2_pool.words.protocol import Memory, Phase
-from tests.children import Gate, until
+from tests.children import CONFINED, Gate, needs_landlock, until
 
 from .conftest import KEY, QUICK, SHAPE, Events, job, nothing, soon
 
@@ -123,6 +126,55 @@ async def test_a_file_that_is_not_the_given_one_costs_no_device_time(
         assert target.read_text() == "precious"
         assert not output.exists() or kind == "link"
         await place.make(process)
+
+
+@needs_landlock
+async def test_a_process_that_is_kept_out_of_a_new_directory_ends(make_host: MakeHost, tmp_path: Path) -> None:
+    """Landlock holds directories and not their names: it was told of a soft error, and so was every job after it."""
+    async with make_host(spawner=ExecSpawner(CONFINED)) as place:
+        process, videos = await place.ready(), tmp_path / "videos"
+        await place.make(process)
+        shutil.rmtree(videos)
+        videos.mkdir()
+        with pytest.raises(ProcessLost, match=r"may not write the file .*PermissionError") as caught:
+            await place.make(process)
+        assert (caught.value.reason, caught.value.began, caught.value.jobs_fault) == ("system", False, False)
+        assert caught.value.memory is not None
+        assert not process.alive
+        await soon(process.exited())
+        await place.make(await place.ready())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(errno.EACCES, "barred"), (errno.EPERM, "barred"), (errno.EROFS, "soft"), (errno.ENOSPC, "soft")],
+)
+def test_only_a_file_that_another_process_may_write_ends_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, kind: str
+) -> None:
+    import ltx2_pool.model
+    from ltx2_pool.model import child
+    from ltx2_pool.tools import imaginary
+
+    answers: list[protocol.FromChild] = []
+
+    class Connection:
+        def send_bytes(self, payload: bytes) -> None:
+            answers.append(protocol.decode_from_child(payload))
+
+    def refused(path: str, *_: object) -> int:
+        raise OSError(error, os.strerror(error), path)
+
+    for name in ("engine", "mp4"):
+        monkeypatch.setitem(sys.modules, f"ltx2_pool.model.{name}", imaginary)
+        monkeypatch.setattr(ltx2_pool.model, name, imaginary, raising=False)
+    monkeypatch.setattr(child.os, "open", refused)
+    server: Any = child.ShapeServer(Connection(), 0)  # type: ignore[arg-type]
+    goes_on = server._serve(imaginary.Generator(), protocol.Generate(job=job(), output=str(tmp_path / "video.mp4")))
+    (answer,) = answers
+    assert isinstance(answer, protocol.Failed)
+    assert (answer.kind, goes_on) == (kind, kind == "soft")
+    assert os.strerror(error) in answer.error
 
 
 @pytest.mark.parametrize(

@@ -180,14 +180,17 @@ def same_video_each_time() -> Check:
 
 
 def imaginary_prompts(seed: int, scratch: Path) -> Prompt:
-    """Prompts for the imaginary engine: some end their first process, in any phase, or run it out of memory."""
+    """Prompts for the imaginary engine: some end their first process, in any phase, or run it out of memory.
+
+    Processes make files in `scratch`, a directory that is there before them.
+    """
     pick = random.Random(seed + 2)
     ways = ("crash", "die in text", "die in denoise", "die in encode", "oom", "kill in encode")
 
     def prompt(number: int) -> str:
         roll = pick.random()
         if roll < 0.05:
-            return f"{pick.choice(ways)} once {scratch / f'met{number}'}"
+            return f"{pick.choice(ways)} once {scratch / str(number)}"
         return "long 8" if roll < 0.3 else "fine"
 
     return prompt

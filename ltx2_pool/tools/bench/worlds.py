@@ -32,7 +32,7 @@ def real(recipe: Recipe, menu: Menu, cache_root: Path, run_dir: Path) -> Pool:
     return Pool(
         host,
         Book(Ledger({here.id: None}), _LIMITS, keys, keys),
-        run_dir / "videos",
+        _videos(run_dir),
         devices=(here,),
         memory_reserve=_RESERVE,
         warm_up=functools.partial(requests.warm_up, menu),
@@ -41,14 +41,24 @@ def real(recipe: Recipe, menu: Menu, cache_root: Path, run_dir: Path) -> Pool:
 
 
 def imaginary(menu: Menu, run_dir: Path) -> Pool:
-    """Interpreters that borrow imaginary weights; two processes at most, so that shapes are evicted all the time."""
+    """Interpreters that borrow imaginary weights; two processes at most, so that shapes are evicted all the time.
+
+    Confined as the real ones are: they can write to directories that are in `run_dir` now, and not to `run_dir` itself.
+    """
     timeouts = Timeouts(spawn=20, weights=20, generation=60, cancel=5, term=5, silence=2)
-    program = ExecSpawner([sys.executable, "-m", "ltx2_pool.tools.imaginary"])
+    program = ExecSpawner([sys.executable, "-m", "ltx2_pool.tools.imaginary", "--confined"])
     host = ProcessHost(Recipe(model_path="none"), run_dir / "cache", run_dir / "caches", timeouts, spawner=program)
     ledger = Ledger({"cpu": sys.maxsize}, max_processes=2)
     for shape in menu.shapes:
         ledger.observe(Key(shape), _MEMORY)
-    return Pool(host, Book(ledger, _LIMITS, [Key(shape) for shape in menu.shapes]), run_dir / "videos")
+    return Pool(host, Book(ledger, _LIMITS, [Key(shape) for shape in menu.shapes]), _videos(run_dir))
+
+
+def _videos(run_dir: Path) -> Path:
+    """Made before the first process is confined to what is there, as the worker does (serving/assembly.py)."""
+    videos = run_dir / "videos"
+    videos.mkdir(mode=0o700)
+    return videos
 
 
 def is_imaginary(shape: Shape, data: bytes) -> bool:
