@@ -18,6 +18,7 @@ from typing import Any
 
 import uvloop
 
+from ltx2_pool.words import device
 from ltx2_pool.words.extras import extra
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.recipe import Recipe
@@ -29,7 +30,7 @@ with extra("tools"):
     from rich.progress import MofNCompleteColumn, Progress
 
     from ltx2_pool.tools import stack, terminal
-    from ltx2_pool.tools.bench import advice, compare, image, load, options
+    from ltx2_pool.tools.bench import advice, compare, image, load, options, stock
     from ltx2_pool.tools.bench.client import Client, Watch
     from ltx2_pool.tools.bench.results import Level, Result
 
@@ -185,14 +186,46 @@ def _image(arguments: argparse.Namespace, console: Console) -> int:
 
 def _compare(arguments: argparse.Namespace, console: Console) -> int:
     menu = Menu.load(arguments.shapes)
+    if arguments.stock:
+        return _compare_stock(arguments, menu, console)
+    if given := [name for name in ("shape", "steps", "ways") if getattr(arguments, name) is not None]:
+        print(f"{PROGRAM}: --{given[0]} goes with --stock", file=sys.stderr)
+        return 2
     if len(menu.shapes) < 3:
         print(f"{PROGRAM}: {arguments.shapes} needs three shapes to compare with", file=sys.stderr)
         return 2
     model = Path(_recipe(arguments, console).model_path)
     with console.status("") as status:
-        result = compare.run(model, arguments.shapes, menu, _cache_root(arguments), arguments.repeat, status.update)
+        repeat = arguments.repeat or 20
+        result = compare.run(model, arguments.shapes, menu, _cache_root(arguments), repeat, status.update)
     compare.show(result, console, arguments.out)
     return 0
+
+
+def _compare_stock(arguments: argparse.Namespace, menu: Menu, console: Console) -> int:
+    here = device.visible()[0]
+    ways, left_out = stock.choose(arguments.ways, here)
+    if arguments.model is not None:
+        stock.check(arguments.model)
+    out = arguments.out or Path("compare-out")
+    out.mkdir(parents=True, exist_ok=True)
+    shapes = list(dict.fromkeys(arguments.shape or menu.shapes[:1]))
+    recipe = _recipe(arguments, console)
+    with console.status("") as status:
+        result = stock.run(
+            recipe,
+            shapes,
+            arguments.steps or menu.steps,
+            arguments.repeat or 5,
+            _cache_root(arguments) / "compare-stock",
+            ways,
+            status.update,
+        )
+    result |= {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": here.name, "left_out": left_out}
+    stock.show(result, here.is_gpu, console)
+    for path in stock.write(result, out):
+        console.print(f"wrote {path}")
+    return 1 if result["problems"] else 0
 
 
 def _menu_report(arguments: argparse.Namespace, console: Console) -> int:

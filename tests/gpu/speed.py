@@ -280,15 +280,10 @@ class Run:
     def rivals(self) -> None:
         rivals.TIMEOUT = self.left()
         given = (self.recipe, self.shapes, self.arguments.steps, self.arguments.repeat, self.work / "cache")
-        found: dict[str, Any] = {}
-        for ways in self.arguments.ways:
-            try:
-                result = rivals.run(*given, ways.split("+"), self.tell, together=True)
-            except rivals.RivalError as error:
-                traceback.print_exc()
-                self.report.setdefault("errors", {})[ways] = str(error)[-3000:]
-                result = error.found
-            found = {**result, "ways": {**found.get("ways", {}), **result["ways"]}}
+        found = rivals.run_groups(*given, [ways.split("+") for ways in self.arguments.ways], self.tell)
+        for way, why in found.pop("problems").items():
+            print(why, file=sys.stderr, flush=True)
+            self.report.setdefault("errors", {})[way] = why[-3000:]
         self.report["rivals"] = found
         self.report["ratios"] = {
             f"{way} / stock, {shape.key}": round(ratio, 3)

@@ -10,6 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ltx2_pool.tools import stack
+from ltx2_pool.tools.bench import rivals
+from ltx2_pool.words.requests import MAX_STEPS
+from ltx2_pool.words.shapes import Shape
 
 Command = Callable[[argparse.Namespace, Console], int]
 
@@ -64,8 +67,37 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     three = several.add_parser("compare", help="pool, in-process and exec with private weights in one run, as ratios")
     three.set_defaults(run=commands["compare"])
     _model_options(three)
-    three.add_argument("--repeat", type=_count, default=20, metavar="N", help="hot videos [%(default)s]")
-    three.add_argument("--out", type=Path, metavar="FILE", help="write the measurements as JSON")
+    three.add_argument("--repeat", type=_count, metavar="N", help="hot videos [20; with --stock 5 of each shape]")
+    three.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="write the measurements to this file as JSON; with --stock, JSON, CSV and a picture to this directory "
+        "[compare-out]",
+    )
+    stock = three.add_argument_group(
+        "FastVideo's own generator",
+        "With --stock, and without a frontend: FastVideo's VideoGenerator, compiled, and this project's ways to run it "
+        "make the same videos on the same device, one way after the other, each in a process of its own with compile "
+        "caches of its own. Load, first and steady videos are timed, and ratios to stock are given. Exit status 1 when "
+        "a way failed; the others are measured all the same.",
+    )
+    stock.add_argument("--stock", action="store_true", help="compare with it, in place of the three above")
+    stock.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="KEY",
+        help="for instance 768x512@121f, on the menu or not; again for another [the menu's first]",
+    )
+    stock.add_argument("--steps", type=_steps, metavar="N", help=f"denoise steps, 1 to {MAX_STEPS} [the menu's]")
+    stock.add_argument(
+        "--ways",
+        nargs="+",
+        choices=rivals.WAYS,
+        metavar="WAY",
+        help=f"of {', '.join(map(repr, rivals.WAYS))}; stock always is one [all that the device can do]",
+    )
 
     four = several.add_parser("spawn", help="spawn to READY: fork of the zygote against a fresh interpreter")
     four.set_defaults(run=commands["spawn"])
@@ -152,6 +184,19 @@ def _count(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return value
+
+
+def _steps(text: str) -> int:
+    if not 1 <= (value := int(text)) <= MAX_STEPS:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {MAX_STEPS}, not {text}")
+    return value
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _amount(text: str) -> float:

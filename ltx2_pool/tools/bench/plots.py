@@ -1,7 +1,8 @@
-"""The pictures of ``benchmark.py load``."""
+"""The pictures of ``benchmark.py load``, and that of ``compare --stock``."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from ltx2_pool.tools.bench.client import Sample
 
 if TYPE_CHECKING:
     from ltx2_pool.tools.bench.results import Result
+    from ltx2_pool.tools.bench.stock import Row
 
 HOT, COLD, FAILED, WAIT = "#1f77b4", "#ff7f0e", "#d62728", "#9aa0a6"
 STATES = {
@@ -28,6 +30,16 @@ STATES = {
     "encoding": "#c8e6c9",
     "draining": "#f5cba7",
 }
+
+PHASES = {
+    "text": "#4c78a8",
+    "denoise": "#f58518",
+    "decode": "#54a24b",
+    "encode": "#b279a2",
+    "other": "#bab0ac",
+    "not told apart": "#72797f",
+}
+"""The parts of a bar, from the bottom up."""
 
 
 def latency(results: Sequence[Result], order: Sequence[str], path: Path) -> Path:
@@ -160,6 +172,54 @@ def throughput(results: Sequence[Result], path: Path) -> Path:
         axes.grid(alpha=0.3)
     figure.suptitle("Throughput against load", fontweight="bold")
     return _save(figure, path)
+
+
+def phases(rows: Sequence[Row], about: str, path: Path) -> Path:
+    """A steady video's seconds of each way, stacked by phase, with the ratio to stock above; a panel for each shape."""
+    ways = list(dict.fromkeys(row.way for row in rows))
+    keys = list(dict.fromkeys(row.shape for row in rows))
+    across = min(3, len(keys))
+    down = -(-len(keys) // across)
+    width = max(6.0, across * (0.8 + 1.1 * len(ways)))
+    figure, panels = pyplot.subplots(
+        down, across, figsize=(width, 1.7 + 3.2 * down), squeeze=False, layout="constrained"
+    )
+    for axes in panels.flat[len(keys) :]:
+        axes.set_visible(False)
+    for axes, key in zip(panels.flat, keys, strict=False):
+        highest = max(sum(row.parts.values()) for row in rows if row.shape == key) or 1.0
+        for row in (row for row in rows if row.shape == key):
+            _bar(axes, ways.index(row.way), row, highest)
+        axes.set_title(key, fontsize=10)
+        axes.set_xticks(range(len(ways)), [way.replace(", ", ",\n") for way in ways])
+        axes.set_xlim(-0.6, len(ways) - 0.4)
+        axes.set_ylim(0, 1.22 * highest)  # room for what is written above
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("seconds")
+    drawn = {name for row in rows for name in row.parts}
+    handles = [Patch(color=colour, label=name) for name, colour in PHASES.items() if name in drawn]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=3 * across, frameon=False, fontsize=9)
+    figure.suptitle(f"Seconds of a hot video, by phase\n{textwrap.fill(about, int(9 * width))}", fontsize=11)
+    return _save(figure, path)
+
+
+def _bar(axes: Any, at: int, row: Row, highest: float) -> None:
+    """One way's bar, or why there is none."""
+    if row.steady_s is None:
+        axes.text(at, 0.03 * highest, "failed", color=FAILED, ha="center", va="bottom")
+        return
+    bottom = 0.0
+    for name, colour in PHASES.items():
+        seconds = row.parts.get(name, 0.0)
+        axes.bar(at, seconds, 0.7, bottom, color=colour)
+        bottom += seconds
+    label = f"{row.steady_s:.3f} s" if row.steady_s < 10 else f"{row.steady_s:.1f} s"
+    if row.ratio_to_stock is not None and row.way != "stock":
+        label = f"{row.ratio_to_stock:.2f} × stock\n{label}"
+    axes.text(at, bottom + 0.02 * highest, label, ha="center", va="bottom", fontsize=9)
 
 
 def _spans(samples: Sequence[Sample], key: str) -> Iterator[tuple[float, float, str]]:

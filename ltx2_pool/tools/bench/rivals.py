@@ -1,6 +1,7 @@
 """``ltx2-benchmark compare --stock``: FastVideo's own generator, and this project's ways to run it, on one checkpoint.
 
-Each way runs in a process of its own, one after the other on the same device, and makes the same videos:
+Each way runs in a process of its own (:mod:`ltx2_pool.tools.bench.ways`), one after the other on the same device, and
+makes the same videos:
 
 - *stock*: FastVideo's ``VideoGenerator`` with its own executor, compiled, and no file written;
 - *in-process*: the engine of ``LTX2_POOL_MODE=0``;
@@ -11,11 +12,8 @@ All of ours end with the MP4 in a file. On a CPU, for which FastVideo's executor
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
-import itertools
 import json
 import os
 import signal
@@ -24,23 +22,20 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ltx2_pool.processes.process import Timeouts
-from ltx2_pool.processes.shape import ShapeProcess
-from ltx2_pool.processes.subprocesses import ProcessHost
-from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.recipe import Recipe
-from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Key, Shape
+from ltx2_pool.words.shapes import Shape
 
 WAYS = ("stock", "in-process", "pool", "pool, quantized")
 PROMPT = "a red fox runs through fresh snow at dawn"
+SEED = 7
 TIMEOUT = 1800.0
 """Seconds for one way."""
+MARK = "@rival "
+"""What a way reports begins with it; everything else that its process prints does not."""
 
 
 class RivalError(Exception):
@@ -48,6 +43,10 @@ class RivalError(Exception):
 
     found: dict[str, Any]
     """What was measured until then, as :func:`run` returns it."""
+
+    def __init__(self, way: str, why: str) -> None:
+        super().__init__(f"{way} {why}")
+        self.way = way
 
 
 def run(
@@ -96,6 +95,30 @@ def run(
     return result
 
 
+def run_groups(
+    recipe: Recipe,
+    shapes: Sequence[Shape],
+    steps: int,
+    repeat: int,
+    cache_root: Path,
+    groups: Sequence[Sequence[str]],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """What :func:`run` returns, for groups of ways that run together, one group after the other.
+
+    When a way fails, its group ends and the next one goes on; ``problems`` says why, by the way that failed.
+    """
+    found: dict[str, Any] = {"ways": {}, "problems": {}}
+    for group in groups:
+        try:
+            result = run(recipe, shapes, steps, repeat, cache_root, group, tell, together=True)
+        except RivalError as error:
+            result = error.found
+            found["problems"][error.way] = str(error)
+        found |= {**result, "ways": {**found["ways"], **result["ways"]}}
+    return found
+
+
 class _Rival:
     """One way's process."""
 
@@ -105,14 +128,15 @@ class _Rival:
         self._tell = tell
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed when the process is
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ltx2_pool.tools.bench.rivals", json.dumps(asked)],
+            [sys.executable, "-m", "ltx2_pool.tools.bench.ways", json.dumps(asked)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
             start_new_session=True,
         )
-        self._overdue = threading.Timer(TIMEOUT, self._process.kill)
+        self._late = False
+        self._overdue = threading.Timer(TIMEOUT, self._expire)
         self._overdue.start()
 
     def __enter__(self) -> _Rival:
@@ -120,10 +144,18 @@ class _Rival:
 
     def __exit__(self, *exc_info: object) -> None:
         self._overdue.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._kill()
         self._process.wait()
         self._log.close()
+
+    def _expire(self) -> None:
+        self._late = True
+        self._kill()
+
+    def _kill(self) -> None:
+        """All that it has started too: it may keep the pipe."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def measure(self) -> None:
         """Let it make its steady videos, now that the device is its own, and end it. Raises RivalError."""
@@ -139,9 +171,9 @@ class _Rival:
         assert self._process.stdout is not None
         # Not to the end of the file: what it has started, torch's compilers for one, may keep the pipe for longer.
         for line in self._process.stdout:
-            if not line.startswith(_MARK):
+            if not line.startswith(MARK):
                 continue
-            what, value = json.loads(line.removeprefix(_MARK))
+            what, value = json.loads(line.removeprefix(MARK))
             if what == until:
                 return
             if what == "doing":
@@ -149,197 +181,20 @@ class _Rival:
             else:
                 self.found.setdefault(what, {}).update(value)
         status = self._process.wait()
+        why = f"took longer than {TIMEOUT:g} s" if self._late else f"ended with status {status}"
         self._log.seek(0)
-        raise RivalError(f"{self.way} ended with status {status}:\n{self._log.read()[-3000:]}")
+        raise RivalError(self.way, f"{why}:\n{self._log.read()[-3000:]}")
 
 
-_MARK = "@rival "
+def cache(cache_root: Path, way: str) -> Path:
+    """Where a way keeps what it compiles."""
+    return cache_root / way.replace(", ", "-")
 
 
-def _say(what: str, value: object) -> None:
-    print(f"{_MARK}{json.dumps([what, value])}", flush=True)
-
-
-def main() -> None:
-    """One way, in this process."""
-    asked = json.loads(sys.argv[1])
-    recipe, shapes = Recipe(**asked["recipe"]), [Shape.parse(key) for key in asked["shapes"]]
-    jobs = [Job(f"{shape.key}", shape, PROMPT, 7, asked["steps"], 1.0, 24) for shape in shapes]
-    root = Path(asked["cache_root"])
-    if asked["way"] == "pool, quantized":
-        recipe = recipe.model_copy(update={"quantization": "auto"})
-    way = {"stock": _stock, "in-process": _in_process}.get(asked["way"], _pool)
-    asyncio.run(_measure(way(recipe, root / asked["way"].replace(", ", "-")), jobs, asked["repeat"]))
-
-
-Make = Callable[[Job], Awaitable[dict[str, float]]]
-"""Make one video; returns the seconds of what it consists of, as far as they are known."""
-
-
-async def _measure(way: contextlib.AbstractAsyncContextManager[Make], jobs: Sequence[Job], repeat: int) -> None:
-    began = time.monotonic()
-    _say("doing", "loading")
-    async with way as make:
-        _say("load", {"s": time.monotonic() - began})
-        for job in jobs:
-            _say("doing", f"{job.shape.key}: the first video")
-            began = time.monotonic()
-            await make(job)
-            _say(job.shape.key, {"first_s": time.monotonic() - began})
-        _say("ready", {})
-        sys.stdin.readline()
-        for job in jobs:
-            steady, parts = [], []
-            for number in range(repeat):
-                _say("doing", f"{job.shape.key}: video {number + 1} of {repeat}")
-                began = time.monotonic()
-                parts.append(await make(job))
-                steady.append(time.monotonic() - began)
-            _say(job.shape.key, {"steady_s": steady, "parts": _medians(parts)})
-        _say("done", {})
-
-
-@contextlib.asynccontextmanager
-async def _stock(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
-    from fastvideo.api import schema
-
-    os.environ.update(recipe.environment(CacheDirs(root)))
-    import torch
-    from fastvideo import VideoGenerator
-
-    config = schema.GeneratorConfig(
-        model_path=str(_distilled(recipe.model_path, root)),
-        engine=schema.EngineConfig(
-            num_gpus=1,
-            offload=schema.OffloadConfig(
-                dit=False, dit_layerwise=False, text_encoder=False, image_encoder=False, vae=False, pin_cpu_memory=False
-            ),
-            compile=schema.CompileConfig(enabled=recipe.compile, backend="inductor", dynamic=False),
-        ),
-        pipeline=schema.PipelineSelection(workload_type="t2v"),
-    )
-    if torch.cuda.is_available():
-        generator = VideoGenerator.from_config(config)
-    else:
-        from fastvideo.api.compat import generator_config_to_fastvideo_args
-
-        from ltx2_pool.model import engine, executor
-
-        engine.prepare_platform()
-        generator = VideoGenerator(
-            generator_config_to_fastvideo_args(config), executor.InProcessExecutor, log_stats=False
-        )
-
-    async def make(job: Job) -> dict[str, float]:
-        result = generator.generate(
-            schema.GenerationRequest(
-                prompt=job.prompt,
-                negative_prompt="",
-                sampling=schema.SamplingConfig(
-                    width=job.shape.width,
-                    height=job.shape.height,
-                    num_frames=job.shape.num_frames,
-                    fps=job.fps,
-                    num_inference_steps=job.steps,
-                    guidance_scale=job.guidance,
-                    seed=job.seed,
-                ),
-                output=schema.OutputConfig(save_video=False, return_frames=False),
-            )
-        )
-        return {"generation": float(result.generation_time or 0)}
-
-    yield make
-
-
-def _distilled(model: str, root: Path) -> Path:
-    """The checkpoint under a name by which FastVideo knows that a step is one pass through the transformer.
-
-    It decides by the directory: without "distilled", four passes are the default (registry.py,
-    pipelines/basic/ltx2/presets.py). All others here make one.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    link = root / "LTX2-Distilled"
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path(model).resolve())
-    return link
-
-
-@contextlib.asynccontextmanager
-async def _in_process(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
-    os.environ.update(recipe.environment(CacheDirs(root)))
-    from ltx2_pool.model import engine, mp4
-
-    generator = engine.build_generator(recipe)
-    with tempfile.TemporaryDirectory(prefix="ltx2-rivals-") as scratch:
-
-        async def make(job: Job) -> dict[str, float]:
-            phases: list[tuple[str, float]] = []
-
-            def enter(phase: str) -> None:
-                phases.append((phase, time.monotonic()))
-
-            with mp4.Encoder(Path(scratch) / "video.mp4", job, recipe.video) as encoder:
-                generator.generate(job, encoder, enter)
-                enter("encode")
-                encoder.finish()
-            enter("")
-            return {name: after - begin for (name, begin), (_, after) in itertools.pairwise(phases)}
-
-        yield make
-
-
-@contextlib.asynccontextmanager
-async def _pool(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
-    processes: dict[Shape, ShapeProcess] = {}
-    with tempfile.TemporaryDirectory(prefix="ltx2-rivals-") as scratch:
-        host = ProcessHost(recipe, root, Path(scratch), Timeouts(spawn=900, weights=900, silence=300))
-
-        async def make(job: Job) -> dict[str, float]:
-            if job.shape not in processes:
-                process = host.process(Key(job.shape))
-                began = time.monotonic()
-                ready = await host.start_process(process, dataclasses.replace(job, id="warm-up"))
-                _say(job.shape.key, {"ready_s": time.monotonic() - began, "trace_s": ready.trace_s})
-                processes[job.shape] = process
-                await video(job, "first_hot_s")
-            return await video(job, "last_hot_s")
-
-        async def video(job: Job, name: str) -> dict[str, float]:
-            output = Path(scratch) / "video.mp4"
-            output.unlink(missing_ok=True)
-            output.touch(0o600)
-            began = time.monotonic()
-            done = await processes[job.shape].generate(job, output, lambda _event: None)
-            figures = {name: time.monotonic() - began, "mp4_bytes": output.stat().st_size}
-            _say(job.shape.key, {**figures, **{f"bytes_{k}": v for k, v in done.memory.model_dump().items()}})
-            return dict(done.phases)
-
-        try:
-            await host.start()
-            await host.prepare()
-            yield make
-        except ProcessLost as lost:
-            sys.exit(str(lost))
-        finally:
-            for process in processes.values():
-                process.kill()
-                await process.exited()
-            await host.close()
-
-
-def _medians(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(part[name] for part in parts) for name in (parts[0] if parts else ())}
-
-
-def ratio(result: dict[str, Any], way: str, shape: str, baseline: str = "stock") -> float | None:
+def ratio(result: Mapping[str, Any], way: str, shape: str, baseline: str = "stock") -> float | None:
     """Median steady seconds of a way over those of another; None where one of them was not measured."""
     try:
         a, b = (statistics.median(result["ways"][name][shape]["steady_s"]) for name in (way, baseline))
     except KeyError:
         return None
     return float(a / b)
-
-
-if __name__ == "__main__":
-    main()
