@@ -44,7 +44,7 @@ from fastvideo.pipelines.basic.ltx2.stages import ltx2_denoising
 from fastvideo.utils import shallow_asdict
 from torch._inductor.codecache import torch_key
 
-from ltx2_pool.model import attention
+from ltx2_pool.model import attention, quantization
 from ltx2_pool.model.decoder import StreamingDecoder, obstacle, planes
 from ltx2_pool.model.denoising import constants_made_once
 from ltx2_pool.model.executor import InProcessExecutor
@@ -211,6 +211,7 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     recipe = recipe.on(capability())
     assert recipe.attention_kernel is not None
     attention.use(recipe.attention_kernel)
+    quantization.use()
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.automatic_dynamic_shapes = False
     compile_config = CompileConfig(enabled=recipe.compile)
