@@ -37,13 +37,15 @@ from tests.gpu.bake_and_verify import machine
 from tests.paths import REPOSITORY
 
 PROMPT = "a paper lantern drifts over still water at dusk"
+ASKED = ("768x512@121f", "1920x1088@121f")
+"""Shapes that are measured more often than the others."""
 TIMEOUTS = Timeouts(spawn=240, weights=240, generation=120, cancel=10, term=10)
 
 
 class Run:
     """The parts of one run, in order; each adds to `report`."""
 
-    def __init__(self, model: Path, menu: Menu, work: Path, out: Path, jobs: int) -> None:
+    def __init__(self, model: Path, menu: Menu, work: Path, out: Path, jobs: int, with_forks: bool) -> None:
         self.recipe = Recipe(model_path=str(model))
         self.menu = menu
         self.caches = work / "cache"
@@ -52,6 +54,7 @@ class Run:
         self.videos.mkdir(parents=True)
         self.out = out
         self.jobs = jobs
+        self.with_forks = with_forks
         self.began = time.monotonic()
         self.report: dict[str, Any] = {"machine": machine(), "shapes": {s.key: {} for s in menu.shapes}}
 
@@ -89,7 +92,8 @@ class Run:
             self.report["weights"] = {**lending.model_dump(), "with_zygote_s": time.monotonic() - began}
             self.note("zygote and weights process are ready")
             await asyncio.gather(*map(one, self.menu.shapes))
-            await self.forks(host)
+            if self.with_forks:
+                await self.forks(host)
         finally:
             await host.close()
         return readies
@@ -131,6 +135,7 @@ class Run:
             warm_up=functools.partial(requests.warm_up, self.menu),
             ready_min=1,
         )
+        cached = self.cached()
         try:
             began = time.monotonic()
             await pool.start()
@@ -149,13 +154,16 @@ class Run:
             self.report["weights_unchanged"] = await host.weights.checksum() == before
             self.report["status"] = pool.status()
             self.note(f"weights unchanged: {self.report['weights_unchanged']}; free: {here.free() >> 20} MiB")
+            await self.beside_a_spawn(pool)
             await self.lose_weights(pool, host)
+            self.report["new_cache_files"] = sorted(map(str, self.cached() - cached))
+            self.note(f"{len(self.report['new_cache_files'])} new files in the compile caches since they were filled")
         finally:
             await pool.close()
 
     async def videos_of(self, pool: Pool, shape: Shape) -> None:
         seconds, digests = [], set()
-        for _ in range(3):
+        for _ in range(4 if shape.key in ASKED else 2):
             began = time.monotonic()
             video = await pool.generate(self.job(shape), lambda _: None)
             seconds.append(time.monotonic() - began)
@@ -167,38 +175,83 @@ class Run:
         self.report["shapes"][shape.key] |= {
             "first_s": seconds[0],
             "steady_s": steady,
+            "seconds": seconds,
             "first_over_steady": seconds[0] / steady,
-            "same_bytes": len(digests) == 1,
+            "sha256": sorted(digests),
             "memory": memory,
             "phases": video.phases,
         }
         self.note(f"{shape.key}: first {seconds[0]:.2f} s, steady {steady:.2f} s")
 
+    async def beside_a_spawn(self, pool: Pool) -> None:
+        """Kill one shape's process; videos of another until it is back, which makes the same bytes as before."""
+        hot, other = (Shape.parse(key) for key in ASKED)
+        os.kill(self.pid(pool, other), signal.SIGKILL)
+        began, seconds = time.monotonic(), []
+        while not seconds or not _ready(pool, other):
+            since = time.monotonic()
+            await pool.generate(self.job(hot), lambda _: None)
+            seconds.append(time.monotonic() - since)
+        back = time.monotonic() - began
+        steady = self.report["shapes"][hot.key]["steady_s"]
+        again = hashlib.sha256((await pool.generate(self.job(other), lambda _: None)).path.read_bytes()).hexdigest()
+        self.report["beside_a_spawn"] = {
+            "hot": hot.key,
+            "spawned": other.key,
+            "seconds": seconds,
+            "back_s": back,
+            "median_over_steady": statistics.median(seconds) / steady,
+            "same_bytes": [again] == self.report["shapes"][other.key]["sha256"],
+        }
+        self.note(f"beside a spawn: {self.report['beside_a_spawn']}")
+
     async def lose_weights(self, pool: Pool, host: ProcessHost) -> None:
-        """SIGKILL the weights process in the middle of a job: the job must still be answered with the same video."""
-        shape = self.menu.shapes[0]
-        expected = (await pool.generate(self.job(shape), lambda _: None)).path.read_bytes()
-        killed = False
+        """SIGKILL the weights process in the middle of a job: that is answered with the same video, and processes can
+        be started again."""
+        shape = Shape.parse(ASKED[0])
+        killed = 0.0
 
         def kill(_event: object) -> None:
             nonlocal killed
             if not killed:
-                killed = True
+                killed = time.monotonic()
                 weights = host.pids["weights"]
                 assert weights is not None
                 os.kill(weights, signal.SIGKILL)
 
-        began = time.monotonic()
+        before, began = self.pid(pool, shape), time.monotonic()
         video = await pool.generate(self.job(shape), kill)
-        self.report["weights_killed"] = {
+        found = {
             "seconds": time.monotonic() - began,
-            "same_bytes": video.path.read_bytes() == expected,
+            "same_bytes": [hashlib.sha256(video.path.read_bytes()).hexdigest()]
+            == self.report["shapes"][shape.key]["sha256"],
+            "same_process": self.pid(pool, shape) == before,
         }
-        self.note(f"the weights process was killed during a job: {self.report['weights_killed']}")
+        self.report["weights_killed"] = found
+        assert host.weights is not None
+        await host.weights.checksum()
+        found["weights_again_s"] = time.monotonic() - killed
+        since = time.monotonic()
+        os.kill(before, signal.SIGKILL)
+        while self.pid(pool, shape) == before or not _ready(pool, shape):  # noqa: ASYNC110 - the state of many objects
+            await asyncio.sleep(0.05)
+        found["shape_started_on_them_s"] = time.monotonic() - since
+        self.note(f"the weights process was killed during a job: {found}")
+
+    def pid(self, pool: Pool, shape: Shape) -> int:
+        """Of the shape's process; 0 while there is none."""
+        return next((int(p["pid"] or 0) for p in pool.status()["processes"] if p["shape"] == shape.key), 0)
+
+    def cached(self) -> set[Path]:
+        return {path for path in self.caches.rglob("*") if path.is_file()}
 
     def job(self, shape: Shape) -> Job:
         menu = self.menu
         return Job(uuid.uuid4().hex, shape, PROMPT, menu.seed, menu.steps, menu.guidance, menu.fps)
+
+
+def _ready(pool: Pool, shape: Shape) -> bool:
+    return any(p["shape"] == shape.key and p["state"] == "ready" for p in pool.status()["processes"])
 
 
 def _still_starting(pool: Pool, shapes: int) -> bool:
@@ -219,6 +272,7 @@ def main() -> int:
         "--shapes", type=Path, default=REPOSITORY / "shapes.yaml", metavar="FILE", help="menu [shapes.yaml]"
     )
     parser.add_argument("--jobs", type=int, default=4, help="shapes that compile at once [%(default)s]")
+    parser.add_argument("--forks", action="store_true", help="measure three starts without a warm-up as well")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ltx2-gpu-", dir=arguments.scratch) as scratch:
@@ -227,7 +281,7 @@ def main() -> int:
             model = Path(scratch) / "checkpoint"
             size = ["--size", "large", "--layers", str(arguments.layers), "--gemma-layers", str(arguments.gemma_layers)]
             subprocess.run([sys.executable, "-m", "ltx2_pool.tools.tiny", str(model), *size], check=True)
-        run = Run(model, Menu.load(arguments.shapes), Path(scratch), arguments.out, arguments.jobs)
+        run = Run(model, Menu.load(arguments.shapes), Path(scratch), arguments.out, arguments.jobs, arguments.forks)
         run.report["layers"] = arguments.layers
         run.report["device"] = device.visible()[0].name
         run.note("the checkpoint is there")
