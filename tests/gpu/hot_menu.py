@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import functools
 import hashlib
 import json
@@ -77,7 +78,8 @@ class Run:
             async with slots:
                 process = host.process(Key(shape))
                 try:
-                    readies[shape] = await host.start_process(process, requests.warm_up(self.menu, shape))
+                    job = dataclasses.replace(requests.warm_up(self.menu, shape), steps=1)
+                    readies[shape] = await host.start_process(process, job)
                 finally:
                     process.kill()
                     await process.exited()
