@@ -165,7 +165,8 @@ def test_a_checkpoint_that_is_away_for_a_while(stack, own_model):
         check(ask(stack, B), B)
         assert pids(stack)[B.key] == before[B.key]
 
-        os.kill(before[B.key], signal.SIGKILL)
+        for pid in pids(stack).values():
+            os.kill(pid, signal.SIGKILL)
         tried = [in_background(lambda shape=shape: request(stack, shape)) for shape in (B, C)]
         wait(lambda: stack.status()["health"] == "unable")
         wait(lambda: health(stack) == 503)
