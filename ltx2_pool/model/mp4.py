@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -23,6 +24,8 @@ _AUDIO_FRAME = 1024
 """Samples of one AAC frame."""
 _THREADS = 12
 """Of each encoder. A number of its own, because other numbers may give other bytes: every host makes the same ones."""
+SHORTEST_GROUP = 24
+"""Frames. Shorter groups cost bytes, and x265 cannot order the frames of very short ones."""
 _BT709 = 1
 """Matrix, primaries and transfer (ITU-T H.273); as :func:`ltx2_pool.model.decoder.planes` makes them."""
 _LIMITED = 1
@@ -32,8 +35,8 @@ _LIMITED = 1
 class Encoder:
     """Writes one job's video as MP4, with audio in AAC; encodes in threads of its own while frames are being made.
 
-    Every second begins with a keyframe and has an encoder to itself, so that several seconds are encoded at once: the
-    threads of a single x264 wait for each other most of the time.
+    Each second's group of pictures (24 frames at least) begins with a keyframe and has an encoder to itself, so that
+    several are encoded at once: the threads of a single x264 wait for each other most of the time.
 
     The same audio, frames and settings give the same bytes, in a process that uses one codec only: after x265, x264
     makes other bytes now and then. Use it as a context manager: what was not finished is abandoned.
@@ -42,13 +45,20 @@ class Encoder:
     def __init__(self, path: Path, job: Job, settings: VideoSettings) -> None:
         self._job = job
         self._settings = settings
-        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        self._path = path
+        # Files of our own: PyAV never closes one that a full disk kept it from finishing.
+        self._files = [_File(path, "w")]
+        options = {"movflags": "+faststart"}
+        self._container = av.open(self._files[0], "w", format="mp4", options=options, io_open=self._open_again)
         if job.comment:
             self._container.metadata["comment"] = job.comment
         self._video = self._container.add_stream(settings.codec, rate=job.fps)
         self._sound: _Track | None = None
-        self._seconds: list[_Track] = []
+        self._groups: list[_Track] = []
         self._count = 0
+        # The last group takes what is left over: an encoder of one frame knows no order to keep.
+        length = max(job.fps, SHORTEST_GROUP)
+        self._starts = range(0, max(1, job.shape.num_frames // length) * length, length)
         self.sample_rate = 0
         """Hz; 0 without audio."""
 
@@ -72,17 +82,17 @@ class Encoder:
     def frames(self, pictures: npt.NDArray[np.uint8]) -> None:
         """The next frames, each an I420 picture: [frames, height * 3 / 2, width]. Returns at once, and keeps them."""
         for picture in pictures:
-            if self._count % self._job.fps == 0:
-                self._next_second()
+            if self._count in self._starts:
+                self._next_group()
             frame = av.VideoFrame.from_numpy_buffer(picture, format="yuv420p")
             frame.pts, frame.time_base = self._count, Fraction(1, self._job.fps)
-            self._seconds[-1].add(frame)
+            self._groups[-1].add(frame)
             self._count += 1
 
-    def _next_second(self) -> None:
+    def _next_group(self) -> None:
         context = self._video.codec_context  # the first one's: from it, the file knows what all have in common
-        if self._seconds:
-            self._seconds[-1].end()
+        if self._groups:
+            self._groups[-1].end()
             context = av.VideoCodecContext.create(self._settings.codec, "w")
             context.framerate, context.time_base = self._job.fps, Fraction(1, self._job.fps)
             context.flags |= Flags.global_header
@@ -95,29 +105,53 @@ class Encoder:
         context.thread_count, context.thread_type = _THREADS, "FRAME"
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = _LIMITED
-        self._seconds.append(_Track(context))
+        self._groups.append(_Track(context))
 
     def finish(self) -> None:
         """Wait for the encoders and write the file. Raises OSError when that fails, for a disk that is full."""
-        if self._seconds:
-            self._seconds[-1].end()
-        tracks = [(self._video, second) for second in self._seconds]
+        if self._groups:
+            self._groups[-1].end()
+        tracks = [(self._video, group) for group in self._groups]
         if self._sound is not None:
             tracks.append((self._container.streams.audio[0], self._sound))
-        for stream, track in tracks:
-            for packet in track.packets():
-                packet.stream = stream
-                self._container.mux(packet)
-        self._container.close()
+        packets = [(stream, track.packets()) for stream, track in tracks]
+        try:
+            for stream, encoded in packets:
+                for packet in encoded:
+                    packet.stream = stream
+                    self._container.mux(packet)
+            self._container.close()
+        except av.FFmpegError as error:
+            raise next((file.error for file in self._files if file.error), error) from None
+
+    def _open_again(self, _url: str, _flags: int, _options: object) -> _File:
+        """To read what was written: the index goes before it in the end (+faststart)."""
+        self._files.append(_File(self._path, "r"))
+        return self._files[-1]
 
     def __enter__(self) -> Encoder:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for track in (*self._seconds, *filter(None, [self._sound])):
+        for track in (*self._groups, *filter(None, [self._sound])):
             track.abandon()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, av.FFmpegError):
             self._container.close()
+        for file in self._files:
+            file.close()
+
+
+class _File(io.FileIO):
+    """Remembers what could not be written: PyAV does not always say."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 class _Track:

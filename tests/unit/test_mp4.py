@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import errno
+import gc
 import io
 import multiprocessing
 import threading
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -22,15 +27,14 @@ from ltx2_pool.words.shapes import Shape
 
 RANDOM = np.random.default_rng(0)
 PICTURES = RANDOM.integers(16, 235, (9, 96, 96), dtype=np.uint8)
-BRIGHTER = np.stack([np.full((96, 96), 20 + n, np.uint8) for n in range(49)])
 JOB = Job("a", Shape(96, 64, 9), "a fox", 1, 2, 1.0, 24)
 
 
 def encoded(
-    tmp_path: Path, audio: np.ndarray | None = None, pictures=(PICTURES[:4], PICTURES[4:]), **settings
+    tmp_path: Path, audio: np.ndarray | None = None, pictures=(PICTURES[:4], PICTURES[4:]), job=JOB, **settings
 ) -> bytes:
     path = tmp_path / "clip.mp4"
-    with mp4.Encoder(path, JOB, VideoSettings(**settings)) as encoder:
+    with mp4.Encoder(path, job, VideoSettings(**settings)) as encoder:
         if audio is not None:
             encoder.audio(audio, 24000)
         for part in pictures:
@@ -60,12 +64,9 @@ def test_the_operator_decides_how_it_is_encoded(tmp_path, settings):
     assert videos[0] == videos[1] != encoded(tmp_path)
 
 
-def test_another_codec(tmp_path):
+def test_another_codec(encode_apart):
     """In a process of its own: once x265 has run, x264 makes other bytes now and then (PyAV 18.1)."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as apart:
-        videos = [apart.submit(encoded, tmp_path, codec="libx265").result() for _ in range(2)]
-    assert mp4.probe(videos[0]).num_frames == 9
+    videos = [encode_apart("libx265", 9, 24) for _ in range(2)]
     assert videos[0] == videos[1]
     with av.open(io.BytesIO(videos[0])) as container:
         assert container.streams.video[0].codec_context.name == "hevc"
@@ -91,23 +92,80 @@ def test_a_file_that_cannot_be_written_is_an_error_and_not_a_hang():
             encoder.finish()
 
 
+@pytest.mark.parametrize("left", [100, 3000, 30_000, 40_000])
+def test_a_disk_that_is_full_at_any_point_is_an_error_that_says_so(tmp_path, monkeypatch, left):
+    written = 0
+
+    def write(self: mp4._File, data: bytes, /) -> int:
+        nonlocal written
+        written += len(data)
+        if written > left:
+            self.error = OSError(errno.ENOSPC, "No space left on device")
+            raise self.error
+        return io.FileIO.write(self, data)
+
+    size = len(encoded(tmp_path, quality=10))
+    assert size > 40_000
+    monkeypatch.setattr(mp4._File, "write", write)
+    with pytest.raises(OSError, match="No space left"):
+        encoded(tmp_path, quality=10)
+
+
+def test_a_file_that_cannot_be_written_costs_no_descriptor():
+    def attempt() -> int:
+        test_a_file_that_cannot_be_written_is_an_error_and_not_a_hang()
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    assert attempt() == attempt() == attempt()
+
+
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
-def test_seconds_encoded_apart_are_one_video(tmp_path, codec):
+@pytest.mark.parametrize(
+    ("count", "fps"), [(1, 24), (9, 1), (25, 24), (49, 24), (97, 24), (121, 24), (121, 25), (49, 3), (97, 10)]
+)
+def test_groups_encoded_apart_are_one_video(encode_apart, codec, count, fps):
     """Every frame is where it belongs, also for a player that starts in the middle."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as apart:
-        data = apart.submit(encoded, tmp_path, pictures=[BRIGHTER], codec=codec).result()
+    data = encode_apart(codec, count, fps)
+    length = max(fps, 24)
     with av.open(io.BytesIO(data)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.dts is not None]
-        assert len({packet.dts for packet in packets}) == len(BRIGHTER)
-        assert [packet.is_keyframe for packet in packets].count(True) == 3
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.dts is not None]
+        assert [packet.dts for packet in packets] == sorted({packet.dts for packet in packets})
+        assert {packet.duration * packet.time_base for packet in packets} == {Fraction(1, fps)}
+        assert (stream.frames, stream.average_rate) == (count, fps)
+        keys = [packet.pts * packet.time_base * fps for packet in packets if packet.is_keyframe]
+        assert {*keys} >= {*range(0, max(1, count // length) * length, length)}
         container.seek(0)
         frames = list(container.decode(video=0))
-        assert [round(float(frame.time) * 24) for frame in frames] == list(range(len(BRIGHTER)))
-        assert [round(float(frame.to_ndarray()[:64].mean())) for frame in frames] == [20 + n for n in range(49)]
-        stream = container.streams.video[0]
-        container.seek(int(1.5 / stream.time_base), stream=stream)
-        assert round(float(next(container.decode(video=0)).to_ndarray()[:64].mean())) == 20 + 24
+        assert [frame.pts * frame.time_base * fps for frame in frames] == list(range(count))
+        assert [brightness(frame) for frame in frames] == [20 + n for n in range(count)]
+        for key in keys:
+            container.seek(int(key / fps / stream.time_base), stream=stream)
+            assert brightness(next(container.decode(video=0))) == 20 + key
+
+
+def brightness(frame: av.VideoFrame) -> int:
+    return round(float(frame.to_ndarray()[: frame.height].mean()))
+
+
+@pytest.fixture(scope="module")
+def encode_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., bytes]]:
+    """Frames that get brighter, encoded in a process for each codec."""
+    context = multiprocessing.get_context("spawn")
+    path = tmp_path_factory.mktemp("apart")
+    with contextlib.ExitStack() as stack:
+        pools = {
+            codec: stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, mp_context=context))
+            for codec in ("libx264", "libx265")
+        }
+        yield lambda codec, *given: pools[codec].submit(brighter, path, codec, *given).result()
+
+
+def brighter(tmp_path: Path, codec: str, count: int, fps: int) -> bytes:
+    pictures = np.stack([np.full((96, 96), 20 + n, np.uint8) for n in range(count)])
+    job = Job("a", Shape(96, 64, count), "a fox", 1, 2, 1.0, fps)
+    return encoded(tmp_path, pictures=[pictures], job=job, codec=codec)
 
 
 def test_what_is_abandoned_ends_its_thread(tmp_path):
