@@ -142,13 +142,16 @@ class Encoder:
 
 
 class _File(io.FileIO):
-    """Remembers what could not be written: PyAV does not always say."""
+    """Writes all that it is given, or remembers why not: PyAV passes over both."""
 
     error: OSError | None = None
 
     def write(self, data: Any, /) -> int:
+        left = memoryview(data)
         try:
-            return super().write(data)
+            while left:
+                left = left[super().write(left) :]
+            return len(data)
         except OSError as error:
             self.error = error
             raise
