@@ -25,7 +25,7 @@ _AUDIO_FRAME = 1024
 _THREADS = 12
 """Of each encoder. A number of its own, because other numbers may give other bytes: every host makes the same ones."""
 SHORTEST_GROUP = 24
-"""Frames. Shorter groups cost bytes, and x265 cannot order the frames of very short ones."""
+"""Frames. Shorter groups cost bytes."""
 _BT709 = 1
 """Matrix, primaries and transfer (ITU-T H.273); as :func:`ltx2_pool.model.decoder.planes` makes them."""
 _LIMITED = 1
@@ -35,8 +35,9 @@ _LIMITED = 1
 class Encoder:
     """Writes one job's video as MP4, with audio in AAC; encodes in threads of its own while frames are being made.
 
-    Each second's group of pictures (24 frames at least) begins with a keyframe and has an encoder to itself, so that
-    several are encoded at once: the threads of a single x264 wait for each other most of the time.
+    With x264, each second's group of pictures (24 frames at least) begins with a keyframe and has an encoder to itself,
+    so that several are encoded at once: the threads of a single x264 wait for each other most of the time. Several x265
+    in one process are not to be trusted (PyAV 18.1: other pictures, in one file of twenty), so that is one encoder.
 
     The same audio, frames and settings give the same bytes, in a process that uses one codec only: after x265, x264
     makes other bytes now and then. Use it as a context manager: what was not finished is abandoned.
@@ -58,7 +59,8 @@ class Encoder:
         self._count = 0
         # The last group takes what is left over: an encoder of one frame knows no order to keep.
         length = max(job.fps, SHORTEST_GROUP)
-        self._starts = range(0, max(1, job.shape.num_frames // length) * length, length)
+        groups = job.shape.num_frames // length if settings.codec == "libx264" else 1
+        self._starts = range(0, max(1, groups) * length, length)
         self.sample_rate = 0
         """Hz; 0 without audio."""
 
@@ -197,6 +199,7 @@ class _Track:
                 self._packets += self._context.encode(frame)
             if not self._abandoned:
                 self._packets += self._context.encode(None)
+            del self._context  # and its frames
         except Exception as error:
             self._error = error
 

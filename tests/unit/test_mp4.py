@@ -131,7 +131,7 @@ def test_a_file_that_cannot_be_written_costs_no_descriptor():
 def test_groups_encoded_apart_are_one_video(encode_apart, codec, count, fps):
     """Every frame is where it belongs, also for a player that starts in the middle."""
     data = encode_apart(codec, count, fps)
-    length = max(fps, 24)
+    length = max(fps, 24) if codec == "libx264" else count
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.dts is not None]
