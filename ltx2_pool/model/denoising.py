@@ -1,4 +1,4 @@
-"""The denoising loop, without what FastVideo's transformer computes anew in each step though it is the same in all.
+"""The denoising loop, without what FastVideo's transformer computes again in each step though it is the same in all.
 
 Between two steps the device waits for it: for the rotary embedding's tables of 1920x1088@121f that is 20 ms, and the
 modulation by the time step (AdaLN) is computed, and read in each block, once for every token of the video.

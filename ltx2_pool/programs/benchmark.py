@@ -30,7 +30,7 @@ with extra("tools"):
     from rich.progress import MofNCompleteColumn, Progress
 
     from ltx2_pool.tools import stack, terminal
-    from ltx2_pool.tools.bench import advice, compare, image, load, options, stock
+    from ltx2_pool.tools.bench import advice, compare, image, load, options, rivals, stock
     from ltx2_pool.tools.bench.client import Client, Watch
     from ltx2_pool.tools.bench.results import Level, Result
 
@@ -211,16 +211,15 @@ def _compare_stock(arguments: argparse.Namespace, menu: Menu, console: Console) 
     out.mkdir(parents=True, exist_ok=True)
     shapes = list(dict.fromkeys(arguments.shape or menu.shapes[:1]))
     recipe = _recipe(arguments, console)
+    videos = rivals.Videos(
+        recipe,
+        shapes,
+        arguments.steps or menu.steps,
+        arguments.repeat or 5,
+        _cache_root(arguments) / "compare-stock",
+    )
     with console.status("") as status:
-        result = stock.run(
-            recipe,
-            shapes,
-            arguments.steps or menu.steps,
-            arguments.repeat or 5,
-            _cache_root(arguments) / "compare-stock",
-            ways,
-            status.update,
-        )
+        result = stock.run(videos, ways, status.update)
     result |= {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": here.name, "left_out": left_out}
     stock.show(result, here.is_gpu, console)
     for path in stock.write(result, out):

@@ -279,8 +279,9 @@ class Run:
 
     def rivals(self) -> None:
         rivals.TIMEOUT = self.left()
-        given = (self.recipe, self.shapes, self.arguments.steps, self.arguments.repeat, self.work / "cache")
-        found = rivals.run_groups(*given, [ways.split("+") for ways in self.arguments.ways], self.tell)
+        asked = (self.arguments.steps, self.arguments.repeat, self.work / "cache")
+        videos = rivals.Videos(self.recipe, self.shapes, *asked)
+        found = rivals.run(videos, [ways.split("+") for ways in self.arguments.ways], self.tell)
         for way, why in found.pop("problems").items():
             print(why, file=sys.stderr, flush=True)
             self.report.setdefault("errors", {})[way] = why[-3000:]

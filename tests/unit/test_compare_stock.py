@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import re
 import sys
 
 import pytest
@@ -65,7 +67,7 @@ def test_what_has_no_phases_is_one_part():
     found = result()
     found["ways"]["stock"][A.key] = of(24, {"generation": 23.0})
     row = stock.rows(found)[0]
-    assert (row.text_s, row.other_s, row.parts) == (None, None, {"not told apart": 24})
+    assert (row.text_s, row.other_s, row.parts) == (None, None, {"all phases": 24})
 
 
 def test_a_way_that_failed_has_a_reason_and_the_others_their_figures():
@@ -230,17 +232,20 @@ def test_a_shape_may_be_given_again(monkeypatch):
 
 
 def test_when_one_way_fails_the_others_are_measured_and_the_status_says_so(monkeypatch, tmp_path, capsys):
-    def run(recipe, shapes, steps, repeat, cache_root, ways, tell, together):
-        found = result(tuple(shapes))
-        (way,) = ways
-        found = {"shapes": found["shapes"], "steps": steps, "repeat": repeat, "ways": {way: found["ways"][way]}}
-        if way == "in-process":
-            error = rivals.RivalError(way, "ended with status 1:\nMemoryError")
-            error.found = {**found, "ways": {way: {}}}
-            raise error
-        return found
+    class Rival(contextlib.nullcontext):
+        def __init__(self, way, videos, _tell):
+            super().__init__(self)
+            self.way = way
+            self.found = {} if way == "in-process" else result(tuple(videos.shapes))["ways"][way]
 
-    monkeypatch.setattr(rivals, "run", run)
+        def read(self, _until):
+            if self.way == "in-process":
+                raise rivals.RivalError(self.way, "ended with status 1:\nMemoryError")
+
+        def measure(self):
+            pass
+
+    monkeypatch.setattr(rivals, "_Rival", Rival)
     monkeypatch.setattr(benchmark.device, "visible", lambda: (CPU,))
     (tmp_path / "model_index.json").touch()
     arguments = ["--model", str(tmp_path), "--shapes", str(benchmark.stack.TINY_MENU), "--out", str(tmp_path / "out")]
@@ -259,24 +264,25 @@ def test_when_one_way_fails_the_others_are_measured_and_the_status_says_so(monke
 
 
 def test_caches_are_kept_by_way_and_a_second_run_says_so(monkeypatch, tmp_path):
-    def run(_recipe, shapes, steps, repeat, cache_root, ways, _tell, together):
-        rivals.cache(cache_root, ways[0]).mkdir(parents=True, exist_ok=True)
-        (rivals.cache(cache_root, ways[0]) / "triton").touch()
-        return {"shapes": [shape.key for shape in shapes], "steps": steps, "repeat": repeat, "ways": {ways[0]: {}}}
+    def run(videos, groups, _tell):
+        for (way,) in groups:
+            rivals.cache(videos.cache_root, way).mkdir(parents=True, exist_ok=True)
+            (rivals.cache(videos.cache_root, way) / "triton").touch()
+        return {**videos.figures(), "ways": {}, "problems": {}}
 
     monkeypatch.setattr(rivals, "run", run)
-    given = (Recipe(model_path="m"), [A], 2, 1, tmp_path)
-    assert stock.run(*given, ["pool, quantized"], print)["caches_kept_from_before"] == []
-    assert stock.run(*given, ["stock", "pool, quantized"], print)["caches_kept_from_before"] == ["pool, quantized"]
+    videos = rivals.Videos(Recipe(model_path="m"), [A], 2, 1, tmp_path)
+    assert stock.run(videos, ["pool, quantized"], print)["caches_kept_from_before"] == []
+    assert stock.run(videos, ["stock", "pool, quantized"], print)["caches_kept_from_before"] == ["pool, quantized"]
 
 
 def test_a_ways_process_that_ends_too_early_or_too_late_says_so(monkeypatch, tmp_path):
-    given = (Recipe(model_path="none"), [Shape(1, 1, 1)], 1, 1, tmp_path)
-    with pytest.raises(rivals.RivalError, match=r"(?s)pool ended with status 1:.*ValueError: 1x1@1f: width") as ended:
-        rivals.run(*given, ["pool"], print)
-    assert (ended.value.way, ended.value.found["ways"]) == ("pool", {"pool": {}})
+    videos = rivals.Videos(Recipe(model_path="none"), [Shape(1, 1, 1)], 1, 1, tmp_path)
+    found = rivals.run(videos, [["pool"]], print)
+    assert found["ways"] == {"pool": {}}
+    assert re.match(r"(?s)pool ended with status 1:.*ValueError: 1x1@1f: width", found["problems"]["pool"])
     monkeypatch.setattr(rivals, "TIMEOUT", 0.0)
-    found = rivals.run_groups(*given, [["stock"], ["in-process"]], print)
+    found = rivals.run(videos, [["stock"], ["in-process"]], print)
     assert {way: why.strip() for way, why in found["problems"].items()} == {
         "stock": "stock took longer than 0 s:",
         "in-process": "in-process took longer than 0 s:",

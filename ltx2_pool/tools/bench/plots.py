@@ -37,7 +37,7 @@ PHASES = {
     "decode": "#54a24b",
     "encode": "#b279a2",
     "other": "#bab0ac",
-    "not told apart": "#72797f",
+    "all phases": "#72797f",
 }
 """The parts of a bar, from the bottom up."""
 

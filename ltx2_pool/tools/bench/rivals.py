@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,88 +42,62 @@ MARK = "@rival "
 class RivalError(Exception):
     """One of the ways could not make its videos. The message ends with what its process printed."""
 
-    found: dict[str, Any]
-    """What was measured until then, as :func:`run` returns it."""
-
     def __init__(self, way: str, why: str) -> None:
         super().__init__(f"{way} {why}")
         self.way = way
 
 
-def run(
-    recipe: Recipe,
-    shapes: Sequence[Shape],
-    steps: int,
-    repeat: int,
-    cache_root: Path,
-    ways: Sequence[str],
-    tell: Callable[[str], None],
-    together: bool = False,
-) -> dict[str, Any]:
-    """The figures of every way, by shape. Raises RivalError, with what was found until then.
+@dataclass(frozen=True)
+class Videos:
+    """What every way is to make."""
 
-    `together`: all of them load and compile at the same time, and take turns only at what is steady. Faster, on a
-    device with the memory for all; what comes before is then measured in each other's company.
+    recipe: Recipe
+    shapes: Sequence[Shape]
+    steps: int
+    repeat: int
+    """Steady videos of each shape."""
+    cache_root: Path
+
+    def figures(self) -> dict[str, Any]:
+        return {"shapes": [shape.key for shape in self.shapes], "steps": self.steps, "repeat": self.repeat}
+
+
+def run(videos: Videos, groups: Sequence[Sequence[str]], tell: Callable[[str], None]) -> dict[str, Any]:
+    """The figures of every way, by shape, in groups of ways that run together, one group after the other.
+
+    Those of a group load and compile at the same time, and take turns only at what is steady. Faster, on a device with
+    the memory for all; what comes before is then measured in each other's company. When a way fails, its group ends
+    and the next one goes on; ``problems`` says why, by the way that failed.
     """
-    result: dict[str, Any] = {"shapes": [shape.key for shape in shapes], "steps": steps, "repeat": repeat, "ways": {}}
-    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(len(ways)) as threads:
+    found: dict[str, Any] = {**videos.figures(), "ways": {}, "problems": {}}
+    for group in groups:
         started: list[_Rival] = []
-        try:
-            for way in ways:
-                asked = {
-                    "way": way,
-                    "recipe": recipe.model_dump(),
-                    "shapes": result["shapes"],
-                    "steps": steps,
-                    "repeat": repeat,
-                    "cache_root": str(cache_root),
-                }
-                started.append(stack.enter_context(_Rival(way, asked, tell)))
-                if not together:
-                    started[-1].read("ready")
-                    started[-1].measure()
-            if together:
+        with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(len(group)) as threads:
+            try:
+                for way in group:
+                    started.append(stack.enter_context(_Rival(way, videos, tell)))
                 for _ in threads.map(lambda rival: rival.read("ready"), started):
                     pass
                 for rival in started:
                     rival.measure()
-        except RivalError as error:
-            error.found = result
-            raise
-        finally:
-            result["ways"] = {rival.way: rival.found for rival in started}
-            stack.close()  # before the threads are waited for
-    return result
-
-
-def run_groups(
-    recipe: Recipe,
-    shapes: Sequence[Shape],
-    steps: int,
-    repeat: int,
-    cache_root: Path,
-    groups: Sequence[Sequence[str]],
-    tell: Callable[[str], None],
-) -> dict[str, Any]:
-    """What :func:`run` returns, for groups of ways that run together, one group after the other.
-
-    When a way fails, its group ends and the next one goes on; ``problems`` says why, by the way that failed.
-    """
-    found: dict[str, Any] = {"ways": {}, "problems": {}}
-    for group in groups:
-        try:
-            result = run(recipe, shapes, steps, repeat, cache_root, group, tell, together=True)
-        except RivalError as error:
-            result = error.found
-            found["problems"][error.way] = str(error)
-        found |= {**result, "ways": {**found["ways"], **result["ways"]}}
+            except RivalError as error:
+                found["problems"][error.way] = str(error)
+            finally:
+                found["ways"] |= {rival.way: rival.found for rival in started}
+                stack.close()  # before the threads are waited for
     return found
 
 
 class _Rival:
     """One way's process."""
 
-    def __init__(self, way: str, asked: dict[str, Any], tell: Callable[[str], None]) -> None:
+    def __init__(self, way: str, videos: Videos, tell: Callable[[str], None]) -> None:
+        asked = {
+            **videos.figures(),
+            "way": way,
+            "recipe": videos.recipe.model_dump(),
+            "cache_root": str(videos.cache_root),
+        }
         self.way = way
         self.found: dict[str, Any] = {}
         self._tell = tell

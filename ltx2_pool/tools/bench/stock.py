@@ -18,7 +18,6 @@ from ltx2_pool.tools.bench import rivals
 from ltx2_pool.tools.bench.compare import CompareError
 from ltx2_pool.words.device import Device
 from ltx2_pool.words.recipe import Recipe, RecipeError
-from ltx2_pool.words.shapes import Shape
 
 QUANTIZED = "pool, quantized"
 PARTS = ("text", "denoise", "decode", "encode")
@@ -56,7 +55,7 @@ class Row:
         found = {name: seconds for name in PARTS if (seconds := getattr(self, f"{name}_s")) is not None}
         if self.other_s is not None:
             return {**found, "other": self.other_s}
-        return {} if self.steady_s is None else {"not told apart": self.steady_s}
+        return {} if self.steady_s is None else {"all phases": self.steady_s}
 
 
 def choose(asked: Sequence[str] | None, here: Device) -> tuple[list[str], dict[str, str]]:
@@ -85,21 +84,12 @@ def check(model: Path) -> None:
         raise CompareError(f"{model} is not a checkpoint: it has no model_index.json")
 
 
-def run(
-    recipe: Recipe,
-    shapes: Sequence[Shape],
-    steps: int,
-    repeat: int,
-    cache_root: Path,
-    ways: Sequence[str],
-    tell: Callable[[str], None],
-) -> dict[str, Any]:
-    """As :func:`rivals.run_groups` returns it, one way after the other, with what they have in common."""
-    caches = {way: rivals.cache(cache_root, way) for way in ways}
+def run(videos: rivals.Videos, ways: Sequence[str], tell: Callable[[str], None]) -> dict[str, Any]:
+    """As :func:`rivals.run` returns it, one way after the other, with what they have in common."""
+    caches = {way: rivals.cache(videos.cache_root, way) for way in ways}
     kept = [way for way, cache in caches.items() if cache.is_dir() and any(cache.iterdir())]
-    common = {"model": recipe.model_path, "prompt": rivals.PROMPT, "seed": rivals.SEED, "asked": list(ways)}
-    found = rivals.run_groups(recipe, shapes, steps, repeat, cache_root, [[way] for way in ways], tell)
-    return {**common, "caches_kept_from_before": kept, **found}
+    common = {"model": videos.recipe.model_path, "prompt": rivals.PROMPT, "seed": rivals.SEED, "asked": list(ways)}
+    return {**common, "caches_kept_from_before": kept, **rivals.run(videos, [[way] for way in ways], tell)}
 
 
 def rows(result: Mapping[str, Any]) -> list[Row]:
