@@ -26,7 +26,8 @@ from ltx2_pool.words.outcomes import JobFailed, ProcessLost
 from ltx2_pool.words.protocol import Compiled, Done, Memory
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Key, Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 
 PROMPT = "a paper lantern drifts over still water at dusk, its light doubled in the surface"
 """What every bake and every verification makes a video of."""

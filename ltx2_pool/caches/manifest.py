@@ -21,11 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ltx2_pool import __version__
 from ltx2_pool.words import device as devices
 from ltx2_pool.words.device import Device
+from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
-from ltx2_pool.words.shapes import CacheDirs, Shape
+from ltx2_pool.words.shapes import CacheDirs
 
-MANIFEST_FORMAT = 3
+MANIFEST_FORMAT = 4
 WARM_UP_COMMAND = "ltx2-warmup --only {key} --force"
 
 
@@ -51,6 +52,9 @@ class Binding(BaseModel):
     attention_kernel: str
     deterministic: bool
     quantization: str | None
+    kind: str
+    image: bool
+    refine: int
     model_config_digest: str
     """SHA-256 over the checkpoint's configuration files; the weights are not part of any key."""
 
@@ -106,15 +110,17 @@ def describe(key: str, mismatches: list[Mismatch]) -> str:
     return f"{key}: {shown}{more}. Fix it with: {WARM_UP_COMMAND.format(key=key)}"
 
 
-def binding(recipe: Recipe, shape: Shape, on: Device | None = None) -> Binding:
-    """What a cache for this shape would be bound to if it was baked now, here, on a device: the first visible one.
+def binding(recipe: Recipe, offer: Offer, on: Device | None = None) -> Binding:
+    """What a cache for this offer would be bound to if it was baked now, here, on a device: the first visible one.
+
+    `recipe` is what all offers have in common.
 
     Raises OSError without a checkpoint, DeviceError, RecipeError when the device lacks what the recipe asks for.
     """
     on = on or devices.visible()[0]
-    recipe = recipe.on(on.capability)
+    recipe = recipe.of(offer).on(on.capability)
     return Binding(
-        shape=shape.key,
+        shape=str(offer.key),
         **{name: _version(name) for name in ("torch", "triton", "fastvideo", "transformers")},
         ltx2_pool=__version__,
         device=on.name,
@@ -156,11 +162,11 @@ def inspect(cache: CacheDirs, expected: Binding) -> list[Mismatch]:
 
 
 def check(
-    cache_root: Path, recipe: Recipe, shapes: Iterable[Shape], on: Device | None = None
+    cache_root: Path, recipe: Recipe, offers: Iterable[Offer], on: Device | None = None
 ) -> dict[str, list[Mismatch]]:
-    """The shapes whose caches will not hit, by shape key, with how they differ. Reads every cache file."""
+    """The keys whose caches will not hit, with how they differ. Reads every cache file."""
     on = on or devices.visible()[0]
-    inspected = {s.key: inspect(CacheDirs.of(cache_root, s), binding(recipe, s, on)) for s in shapes}
+    inspected = {str(o.key): inspect(CacheDirs.of(cache_root, o.key), binding(recipe, o, on)) for o in offers}
     return {key: mismatches for key, mismatches in inspected.items() if mismatches}
 
 

@@ -1,9 +1,9 @@
 """What runs in a shape process: take jobs from the Connection, one at a time, until told to stop.
 
-Started as ``python -m ltx2_pool.model.child FD [FD]``, or forked from the zygote, with the environment of
+Started as ``python -m ltx2_pool.model.child FD [FD...]``, or forked from the zygote, with the environment of
 :meth:`ltx2_pool.words.recipe.Recipe.environment` already set. The first message on the Connection, the first
-descriptor, says whether this becomes a shape process or the weights process; the second descriptor leads from one to
-the other. stdout and stderr are diagnostics: nothing that a library prints can touch the protocol.
+descriptor, says whether this becomes a shape process or the weights process. A shape process has the memory for its
+jobs' pictures as well; the last descriptor leads from one to the other. stdout and stderr are diagnostics: nothing that a library prints can touch the protocol.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import mmap
 import os
 import resource
 import signal
@@ -41,6 +42,7 @@ from ltx2_pool.words.protocol import (
     Ready,
     Step,
 )
+from ltx2_pool.words.pictures import pixel_bytes
 from ltx2_pool.words.recipe import VideoSettings
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def main() -> NoReturn:
     _exit(0)
 
 
-def serve(connection_fd: int, desk_fd: int | None = None) -> None:
+def serve(connection_fd: int, *others: int) -> None:
     """Serve over those descriptors until told to stop; also what a fork of the zygote runs."""
     started = time.monotonic()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -70,17 +72,17 @@ def serve(connection_fd: int, desk_fd: int | None = None) -> None:
     confine_to_cache(os.environ)  # before there is a thread, which would stay as it is
     connection = LockedConnection(connection_fd)
     threading.Thread(target=_ping, args=[connection], name="ping", daemon=True).start()
-    desk = None if desk_fd is None else socket.socket(fileno=desk_fd)
     with contextlib.suppress(ParentGone, EOFError, BrokenPipeError, ConnectionResetError):
         first = protocol.decode_from_parent(connection.recv_bytes(protocol.MAX_MESSAGE))
-        if isinstance(first, Assign):
-            _set_title(f"ltx2 {first.shape.key}")
-            ShapeServer(connection, started).run(first, desk)
-        elif isinstance(first, Lend) and desk is not None:
+        if isinstance(first, Assign) and others:
+            _set_title(f"ltx2 {first.key}")
+            slate, *desk = others
+            ShapeServer(connection, started, slate).run(first, socket.socket(fileno=desk[0]) if desk else None)
+        elif isinstance(first, Lend) and others:
             _set_title("ltx2-weights")
             from ltx2_pool.model.weights import WeightsServer
 
-            WeightsServer(connection, desk, started).run(first)
+            WeightsServer(connection, socket.socket(fileno=others[-1]), started).run(first)
         else:
             raise protocol.ProtocolError(f"expected an Assign or a Lend first, got {first.type}")
 
@@ -115,9 +117,12 @@ def _ping(connection: Connection) -> None:
 class ShapeServer:
     """Serves one shape over one Connection, in the main thread."""
 
-    def __init__(self, connection: Connection, started: float) -> None:
+    def __init__(self, connection: Connection, started: float, slate: int) -> None:
+        """`slate`: a descriptor of the memory where the pixels of a job's pictures are."""
         self._connection = connection
         self._started = started
+        self._slate = slate
+        self._pixels: list[memoryview] = []
         self._busy = False
         self._stopping = False
         self._video = VideoSettings()
@@ -157,8 +162,12 @@ class ShapeServer:
             modules = borrow(desk)
         generator = engine.build_generator(assign.recipe, modules)
         loaded = time.monotonic()
-        if assign.warm_up is not None:
-            generator.generate(assign.warm_up)
+        if assign.picture_sizes:
+            slate = mmap.mmap(self._slate, 0, prot=mmap.PROT_READ)
+            each = pixel_bytes(assign.picture_sizes)
+            self._pixels = [memoryview(slate)[begin : begin + each] for begin in range(0, len(slate), each)]
+        for job in assign.warm_up:
+            generator.generate(job, pixels=self._pixels)
         warm = time.monotonic()
         trace_s = engine.seconds_compiling()
         engine.trim_memory()
@@ -168,7 +177,7 @@ class ShapeServer:
             load_s=loaded - imported,
             trace_s=trace_s,
             warm_s=max(0.0, warm - loaded - trace_s),
-            memory=memory.model_copy(update={"generated": assign.warm_up is not None}),
+            memory=memory.model_copy(update={"generated": bool(assign.warm_up)}),
         )
 
     def _serve(self, generator: Generator, message: Generate) -> bool:
@@ -207,7 +216,7 @@ class ShapeServer:
                 # FFmpeg opens it again by its descriptor (it moves the index to the front in the end), so that nobody
                 # can put another file in its place meanwhile.
                 with mp4.Encoder(Path(f"/proc/self/fd/{output}"), job, self._video) as encoder:
-                    generator.generate(job, encoder, on_phase, on_step)
+                    generator.generate(job, encoder, on_phase, on_step, self._pixels)
                     engine.trim_memory()  # before "encode" is said: the device is another job's then
                     on_phase("encode")
                     encoder.finish()

@@ -6,12 +6,13 @@ warm-up. Import it only after :meth:`ltx2_pool.words.recipe.Recipe.environment` 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Buffer, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,10 +42,11 @@ from fastvideo.entrypoints.video_generator import VideoGenerator
 from fastvideo.fastvideo_args import FastVideoArgs
 from fastvideo.pipelines import ForwardBatch
 from fastvideo.pipelines.basic.ltx2.stages import ltx2_denoising
+from fastvideo.pipelines.stages import STAGE_2_DISTILLED_SIGMA_VALUES
 from fastvideo.utils import shallow_asdict
 from torch._inductor.codecache import torch_key
 
-from ltx2_pool.model import attention, quantization
+from ltx2_pool.model import attention, conditioning, guidance, quantization
 from ltx2_pool.model.decoder import StreamingDecoder, obstacle, planes
 from ltx2_pool.model.denoising import constants_made_once
 from ltx2_pool.model.executor import InProcessExecutor
@@ -56,12 +58,14 @@ from ltx2_pool.model.memory import device_total as device_total
 from ltx2_pool.model.memory import memory as memory
 from ltx2_pool.model.memory import trim_memory as trim_memory
 from ltx2_pool.model.wayout import WayOut
+from ltx2_pool.words.checkpoint import Checkpoint, CheckpointError
+from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.protocol import Compiled
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
 
 OnPhase = Callable[[str], None]
-"""Called when a job enters a phase: ``text``, ``denoise``, ``decode``."""
+"""Called when a job enters a phase: ``text``, ``denoise``, ``refine`` (of two stages), ``decode``."""
 OnStep = Callable[[int, int], None]
 """Called before each denoise step with (steps done, steps in all); may raise Cancelled to stop there."""
 
@@ -110,14 +114,20 @@ class Sink(Protocol):
 class Generator:
     """One loaded LTX-2 pipeline. Not thread-safe: one :meth:`generate` at a time."""
 
-    def __init__(self, video_generator: VideoGenerator) -> None:
+    def __init__(self, video_generator: VideoGenerator, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._args: FastVideoArgs = video_generator.fastvideo_args
         self._executor: InProcessExecutor = video_generator.executor
         self._on_phase: OnPhase = _ignore
         self._announce(self._stage("prompt_encoding_stage"), "text")
         self._announce(self._stage("latent_preparation_stage"), "denoise")
-        denoising = self._stage("denoising_stage")
-        denoising.forward = _with_constants(denoising)
+        for name in ("denoising_stage", "ltx2_refine_denoising_stage"):
+            if (stage := self._stage(name)) is not None:
+                stage.forward = _with_constants(stage)
+        if self._stage("ltx2_upsample_stage") is not None:
+            self._announce(self._stage("ltx2_upsample_stage"), "refine")
+            self._only_refining("ltx2_upsample_stage")
+            self._only_refining("ltx2_refine_denoising_stage")
         # Audio is decoded later, beside the frames: see generate().
         self._decode_audio = self._stage("audio_decoding_stage").forward
         self._stage("audio_decoding_stage").forward = lambda batch, _args: batch
@@ -143,7 +153,18 @@ class Generator:
         return modules
 
     def _stage(self, name: str) -> Any:
-        return self._executor.pipeline._stage_name_mapping[name]
+        return self._executor.pipeline._stage_name_mapping.get(name)
+
+    def _only_refining(self, name: str) -> None:
+        """The stage runs for a job in two stages only: one pipeline makes both kinds."""
+        stage = self._stage(name)
+        forward = stage.forward
+
+        def refining(batch: ForwardBatch, args: FastVideoArgs) -> ForwardBatch:
+            result: ForwardBatch = forward(batch, args) if args.ltx2_refine_enabled else batch
+            return result
+
+        stage.forward = refining
 
     def _announce(self, stage: Any, phase: str) -> None:
         forward = stage.forward
@@ -156,9 +177,17 @@ class Generator:
         stage.forward = announced
 
     def generate(
-        self, job: Job, sink: Sink | None = None, on_phase: OnPhase | None = None, on_step: OnStep | None = None
+        self,
+        job: Job,
+        sink: Sink | None = None,
+        on_phase: OnPhase | None = None,
+        on_step: OnStep | None = None,
+        pixels: Sequence[Buffer] = (),
     ) -> None:
         """Make one video. The sink has all of it, and the device is idle, when this returns; None throws it away.
+
+        `pixels`: of the job's pictures, RGB in uint8, each once at the size of the video and, in two stages, after
+        that at half of it.
 
         Raises Cancelled when `on_step` did, and what the sink raises; anything else is the pipeline's own exception:
         see :func:`is_fatal` and :func:`is_refusal`.
@@ -176,9 +205,12 @@ class Generator:
             guidance_scale=job.guidance,
             seed=job.seed,
         )
-        batch = ForwardBatch(**shallow_asdict(sampling), eta=0.0, n_tokens=0, VSA_sparsity=self._args.VSA_sparsity)
+        fields = shallow_asdict(sampling) | guidance.fields(job, self._checkpoint)
+        batch = ForwardBatch(**fields, eta=0.0, n_tokens=0, VSA_sparsity=self._args.VSA_sparsity)
+        batch.ltx2_images = conditioning.images(job)
         self._on_phase = on_phase or _ignore
-        with _step_hook(on_step):
+        sizes = Offer(job.shape, refine=job.refine).picture_sizes
+        with _step_hook(on_step, job.steps + job.refine), self._stages(job), conditioning.given(pixels, sizes):
             output = self._executor.execute_forward(batch, self._args)
         _synchronize()
         self._on_phase("decode")
@@ -195,6 +227,19 @@ class Generator:
                 if sink is not None:
                     sink.frames(pictures)
 
+    @contextlib.contextmanager
+    def _stages(self, job: Job) -> Iterator[None]:
+        """As many stages as the job has, and as many steps in the second."""
+        if job.refine:
+            stage = self._stage("ltx2_refine_denoising_stage")
+            if stage is None:
+                raise LoadError("this process was built for one stage, and the job has two")
+            sigmas = refine_sigmas(job.refine)
+            stage.sigmas_override, stage.num_inference_steps_override = sigmas, job.refine
+            self._stage("ltx2_upsample_stage").sigmas = sigmas
+        self._args.ltx2_refine_enabled = bool(job.refine)
+        yield
+
     def _frames(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         if self._decoder is not None:
             return self._decoder.frames(latents)
@@ -202,14 +247,31 @@ class Generator:
         return iter([planes(pixels.float() * 2 - 1)])
 
 
-def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Generator:
-    """The one generator factory. Loads the checkpoint, or takes `modules` (by model_index.json name) instead.
+def refine_sigmas(steps: int) -> list[float]:
+    """The second stage's schedule, as FastVideo has it (pipelines/basic/ltx2/ltx2_pipeline.py: create_pipeline_stages)."""
+    three = list(STAGE_2_DISTILLED_SIGMA_VALUES)
+    return three if steps == 3 else [three[0], *three[2:]]
 
-    Raises LoadError when the checkpoint is absent or is not LTX-2.
+
+def transformer_name(quantization: str | None) -> str:
+    """Under which name a transformer is lent, so that there can be one for each kind of quantization."""
+    return f"transformer@{quantization}" if quantization else "transformer"
+
+
+def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Generator:
+    """The one generator factory. Loads the checkpoint, or of that what is not in `modules`.
+
+    Those go by their names in model_index.json, and transformers by :func:`transformer_name`. Raises LoadError when the
+    checkpoint is absent or is none that can be served.
     """
-    _check_checkpoint(Path(recipe.model_path))
+    try:
+        checkpoint = Checkpoint.read(Path(recipe.model_path), recipe.kind)
+    except CheckpointError as error:
+        raise LoadError(str(error)) from error
     recipe = recipe.on(capability())
     assert recipe.attention_kernel is not None
+    if modules is not None:
+        modules = _of_one_transformer(modules, transformer_name(recipe.quantization))
     attention.use(recipe.attention_kernel)
     quantization.use()
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
@@ -235,8 +297,11 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     prepare_platform()
     config = GeneratorConfig(recipe.model_path, engine=engine, pipeline=PipelineSelection(workload_type="t2v"))
     executor = type("BoundExecutor", (InProcessExecutor,), {"modules": modules})
-    pipeline = VideoGenerator(generator_config_to_fastvideo_args(config), executor, log_stats=False)
-    generator = Generator(pipeline)
+    args = generator_config_to_fastvideo_args(config)
+    # Not what the checkpoint has for its default, but what the recipe says (ltx2_pipeline.py: load_modules).
+    args.refine_enabled = args.ltx2_refine_enabled = bool(recipe.refine)
+    args.ltx2_use_distilled_sigmas = checkpoint.distilled
+    generator = Generator(VideoGenerator(args, executor, log_stats=False), checkpoint)
     # FastVideo loads Gemma (24 GB) at the first prompt; a process that says READY has it.
     gemma = generator.modules["text_encoder"].gemma_model
     if modules is not None:
@@ -247,6 +312,11 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     for module in _torch_modules(generator.modules):
         module.requires_grad_(False)  # part of the compile keys, and lent tensors have none
     return generator
+
+
+def _of_one_transformer(modules: dict[str, Any], name: str) -> dict[str, Any]:
+    rest = {other: module for other, module in modules.items() if other.partition("@")[0] != "transformer"}
+    return {**rest, "transformer": modules[name]} if name in modules else rest
 
 
 def capability() -> str:
@@ -298,17 +368,6 @@ def seconds_compiling() -> float:
     return float(sum(compilation_time_metrics.get("_compile.compile_inner", ())))
 
 
-def _check_checkpoint(path: Path) -> None:
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise LoadError(
-            f"{path} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
-            "Diffusers layout, or write a tiny one: python -m ltx2_pool.tools.tiny DIR"
-        )
-    if '"LTX2Pipeline"' not in index.read_text(encoding="utf-8"):
-        raise LoadError(f"{index} does not name LTX2Pipeline: this worker serves LTX-2 only")
-
-
 def _ignore(_phase: str) -> None:
     pass
 
@@ -337,16 +396,18 @@ class _step_hook:
     where every step passes.
     """
 
-    def __init__(self, on_step: OnStep | None) -> None:
+    def __init__(self, on_step: OnStep | None, total: int) -> None:
         self._on_step = on_step
+        self._total = total
 
     def __enter__(self) -> None:
+        done = itertools.count()
+
         def steps(iterable: Iterable[int]) -> Iterator[int]:
-            indices = list(iterable)
-            for index in indices:
+            for index in iterable:
                 _synchronize()
                 if self._on_step is not None:
-                    self._on_step(index, len(indices))
+                    self._on_step(next(done), self._total)
                 yield index
 
         ltx2_denoising.tqdm = steps

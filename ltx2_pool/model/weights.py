@@ -30,6 +30,7 @@ import torch.multiprocessing  # registers the reductions of CUDA tensors
 from ltx2_pool.model import engine, vmm
 from ltx2_pool.words import lending, protocol
 from ltx2_pool.words.protocol import Broken, Checked, Checksum, Lend, Lending
+from ltx2_pool.words.recipe import Recipe
 
 _ALIGNMENT = 64
 
@@ -76,7 +77,7 @@ class WeightsServer:
             if lend.kept is not None:
                 loan = KeptLoan(*lending.take_over(self._desk), lend.kept.bytes)
             else:
-                loan = Loan(engine.build_generator(lend.recipe.model_copy(update={"compile": False})).modules)
+                loan = Loan(_modules(lend.recipes))
         except Exception as error:
             traceback.print_exc()
             self._send(Broken(error=f"{type(error).__name__}: {error}"))
@@ -109,6 +110,22 @@ class WeightsServer:
 
     def _send(self, message: protocol.FromChild) -> None:
         self._connection.send_bytes(protocol.encode(message))
+
+
+def _modules(recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """What all of these need, each once: of a transformer, one for each kind of quantization.
+
+    Raises what :func:`ltx2_pool.model.engine.build_generator` raises.
+    """
+    refine = max(recipe.refine for recipe in recipes)
+    resolved = [recipe.on(engine.capability()) for recipe in recipes]
+    lent: dict[str, Any] = {}
+    for recipe in {recipe.quantization: recipe for recipe in resolved}.values():
+        built = engine.build_generator(recipe.model_copy(update={"compile": False, "refine": refine}), lent or None)
+        modules = dict(built.modules)
+        lent[engine.transformer_name(recipe.quantization)] = modules.pop("transformer")
+        lent.update(modules)
+    return lent
 
 
 class Loan:

@@ -45,8 +45,10 @@ class Process(ABC):
         """The last lines of its output."""
 
     @abstractmethod
-    async def generate(self, job: Job, output: Path, on_event: OnEvent) -> Done:
-        """Make one video into the empty file `output`.
+    async def generate(self, job: Job, output: Path, on_event: OnEvent, pixels: Sequence[int] = ()) -> Done:
+        """Make one video into the empty file `output`, from the pictures that `pixels` are descriptors of.
+
+        They are read before this waits for anything, each at the key's picture sizes (`words.menu.Offer`).
 
         Raises JobFailed (it serves on) or ProcessLost (it does not, and is ended). A call on a process that is not
         alive raises ProcessLost. Cancelling the task that awaits this kills the process.
@@ -82,7 +84,9 @@ class Host(ABC):
         """A process that is not started yet. Does nothing that can fail."""
 
     @abstractmethod
-    async def start_process(self, process: Process, warm_up: Job | None, cache: CacheDirs | None = None) -> Ready:
+    async def start_process(
+        self, process: Process, warm_up: tuple[Job, ...] = (), cache: CacheDirs | None = None
+    ) -> Ready:
         """Start it, and whatever it needs first, and return when it takes jobs; `warm_up` is made before.
 
         `cache` is for a bake: compile caches other than those of the key. Raises ProcessLost and nothing else; the

@@ -10,21 +10,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltx2_pool.processes.host import Host, Process
 from ltx2_pool.processes.process import Timeouts
+from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.outcomes import JobFailed, OnEvent, ProcessLost, Reason
 from ltx2_pool.words.protocol import Done, Memory, Phase, Ready, Step
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Key
+from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 
 if TYPE_CHECKING:
     from ltx2_pool.model.engine import Generator
@@ -39,16 +41,21 @@ _NO_MEMORY = Memory(resident=0, peak=0)
 class InProcessHost(Host):
     """Loads the checkpoint with the first process, and makes all videos in one daemon thread, one after the other."""
 
-    def __init__(self, recipe: Recipe, cache_root: Path, timeouts: Timeouts | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, cache_root: Path, timeouts: Timeouts | None = None, offers: Iterable[Offer] = ()
+    ) -> None:
+        """`recipe` is what all `offers` have in common."""
         self.timeouts = timeouts or Timeouts()
         self._recipe = recipe
+        self._offers = {offer.key: offer for offer in offers}
         self.video = recipe.video
         self._cache = CacheDirs(cache_root / "in-process")
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._loading: asyncio.Task[float] | None = None
         self._broken: str | None = None
         self._closed = False
-        self.generator: Generator | None = None
+        self.generators: dict[bool | None, Generator] = {}
+        """By whether the transformer is quantized (`words.menu.Offer.optimize`)."""
 
     async def start(self) -> None:
         """As :meth:`ltx2_pool.processes.host.Host.start`."""
@@ -92,9 +99,15 @@ class InProcessHost(Host):
         """As :meth:`ltx2_pool.processes.host.Host.process`."""
         return InProcess(self, key, devices)
 
-    async def start_process(self, process: Process, warm_up: Job | None, cache: CacheDirs | None = None) -> Ready:
+    def offer(self, key: Key) -> Offer:
+        """How the key's videos are made: from text and in one stage, if it is not on the menu."""
+        return self._offers.get(key) or Offer(key.shape, key.variant, image=False)
+
+    async def start_process(
+        self, process: Process, warm_up: tuple[Job, ...] = (), cache: CacheDirs | None = None
+    ) -> Ready:
         """As :meth:`ltx2_pool.processes.host.Host.start_process`."""
-        if self.generator is None:
+        if not self.generators:
             if self._loading is None or self._loading.done():
                 self._loading = asyncio.create_task(self._load())
             ended = asyncio.create_task(process.exited())
@@ -121,14 +134,24 @@ class InProcessHost(Host):
     async def _load(self) -> float:
         os.environ.update(self._recipe.environment(self._cache))
         began = time.monotonic()
-        self.generator = await self.in_thread(self._build)
+        self.generators = await self.in_thread(self._build)
         return time.monotonic() - began
 
-    def _build(self) -> Generator:
+    def _build(self) -> dict[bool | None, Generator]:
+        """One for each transformer that is offered; all else they share. Each makes one stage or two, as a job has."""
         with _own_logging():
             from ltx2_pool.model import engine
 
-            return engine.build_generator(self._recipe)
+            offers = list(self._offers.values()) or [Offer(Shape(0, 0, 0), image=False)]
+            refine = max(offer.refine for offer in offers)
+            built: dict[bool | None, Generator] = {}
+            shared: dict[str, Any] | None = None
+            for offer in {offer.optimize: offer for offer in offers}.values():
+                recipe = self._recipe.of(offer).model_copy(update={"refine": refine})
+                built[offer.optimize] = engine.build_generator(recipe, shared)
+                modules = built[offer.optimize].modules
+                shared = {name: module for name, module in modules.items() if name != "transformer"}
+            return built
 
     @property
     def broken(self) -> str | None:
@@ -185,7 +208,7 @@ class InProcess(Process):
         """Its output is the worker's."""
         return ()
 
-    async def generate(self, job: Job, output: Path, on_event: OnEvent) -> Done:
+    async def generate(self, job: Job, output: Path, on_event: OnEvent, pixels: Sequence[int] = ()) -> Done:
         """As :meth:`ltx2_pool.processes.host.Process.generate`."""
         if not self.alive or self._host.broken is not None:
             raise ProcessLost(NAME, self._why or "killed", self._host.broken or "has been told to end")
@@ -205,7 +228,9 @@ class InProcess(Process):
         def tell(event: Phase | Step) -> None:
             loop.call_soon_threadsafe(deliver, event)
 
-        making = asyncio.create_task(self._host.in_thread(self._make, job, output, tell))
+        # Mapped now: whoever has the descriptors may close them when nobody waits for this any more.
+        mapped = [mmap.mmap(picture, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) for picture in pixels]
+        making = asyncio.create_task(self._host.in_thread(self._make, job, output, tell, mapped))
         overdue = asyncio.create_task(self._overdue.wait())
         try:
             await asyncio.wait(
@@ -241,11 +266,11 @@ class InProcess(Process):
         self.jobs_done += 1
         return done
 
-    def _make(self, job: Job, output: Path, tell: OnEvent) -> Done:
+    def _make(self, job: Job, output: Path, tell: OnEvent, pixels: Sequence[mmap.mmap]) -> Done:
         """Runs in the thread."""
         from ltx2_pool.model import engine, mp4
 
-        assert self._host.generator is not None
+        generator = self._host.generators[self._host.offer(self.key).optimize]
         phases: list[tuple[str, float]] = []
 
         def on_phase(phase: str) -> None:
@@ -262,7 +287,7 @@ class InProcess(Process):
             if self._stop.is_set():
                 raise engine.Cancelled
             with mp4.Encoder(output, job, self._host.video) as encoder:
-                self._host.generator.generate(job, encoder, on_phase, on_step)
+                generator.generate(job, encoder, on_phase, on_step, pixels)
                 on_phase("encode")
                 encoder.finish()
         except engine.Cancelled:

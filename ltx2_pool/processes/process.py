@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -110,14 +109,14 @@ class ChildProcess:
     async def begin(
         self,
         environment: Mapping[str, str],
-        other: socket.socket | None,
+        inherited: Sequence[int],
         first: FromParent,
         timeout: float,
         advice: str,
     ) -> FromChild:
         """Spawn the child, send it its first message, and return its answer.
 
-        `other` is a socket that it inherits besides its Connection. Raises ProcessLost and nothing else; the child is
+        `inherited` are descriptors that it gets besides its Connection. Raises ProcessLost and nothing else; the child is
         then gone. Cancelling the task ends it.
         """
         if not self.alive:
@@ -125,7 +124,7 @@ class ChildProcess:
         self._begun = True
         try:
             # Not within the timeout: what a spawner waits for is no fault of this process, and has deadlines itself.
-            await self._launch(environment, [] if other is None else [other.fileno()])
+            await self._launch(environment, inherited)
             async with asyncio.timeout(timeout):
                 message = await self._ask(first)
         except Gone:

@@ -12,10 +12,12 @@ from ltx2_pool.processes import endings
 from ltx2_pool.processes.guard import Guard
 from ltx2_pool.processes.host import Process
 from ltx2_pool.processes.process import ChildProcess, Gone, Timeouts
+from ltx2_pool.processes.slate import Slate
 from ltx2_pool.processes.spawner import Spawner
 from ltx2_pool.processes.weights import WeightsProcess
 from ltx2_pool.words.outcomes import JobFailed, OnEvent, ProcessLost, Reason
 from ltx2_pool.words.protocol import Assign, Cancel, Done, Failed, FromChild, Generate, Phase, Ready, Step
+from ltx2_pool.words.pictures import Size
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.shapes import CacheDirs, Key
@@ -33,7 +35,9 @@ class ShapeProcess(ChildProcess, Process):
         spawner: Spawner,
         guard: Guard,
         timeouts: Timeouts,
+        picture_sizes: tuple[Size, ...] = (),
     ) -> None:
+        """`picture_sizes`: those at which it is given pictures; none: it is given no picture."""
         super().__init__(str(key), spawner, guard, timeouts)
         self.key = key
         self.devices = devices
@@ -41,6 +45,8 @@ class ShapeProcess(ChildProcess, Process):
         self.began = time.monotonic()
         self.on_compile_failure: Callable[[], None] = lambda: None
         """Called once when what it compiled with seems to be damaged."""
+        self._picture_sizes = picture_sizes
+        self._slate: Slate | None = None
         self._weights: WeightsProcess | None = None
         self._job: Job | None = None
         self._on_event: OnEvent | None = None
@@ -62,7 +68,11 @@ class ShapeProcess(ChildProcess, Process):
         return super().tail
 
     async def start(
-        self, recipe: Recipe, cache: CacheDirs, warm_up: Job | None = None, weights: WeightsProcess | None = None
+        self,
+        recipe: Recipe,
+        cache: CacheDirs,
+        warm_up: tuple[Job, ...] = (),
+        weights: WeightsProcess | None = None,
     ) -> Ready:
         """Spawn the child and wait until it is READY: with a hot shape when `warm_up` is given.
 
@@ -70,20 +80,32 @@ class ShapeProcess(ChildProcess, Process):
         """
         self.began = time.monotonic()
         self._weights = weights
-        message = await self.begin(
-            recipe.environment(cache),
-            None if weights is None else weights.desk,
-            Assign(shape=self.key.shape, recipe=recipe, warm_up=warm_up, borrow=weights is not None),
-            self._timeouts.spawn,
-            "raise LTX2_POOL_SPAWN_TIMEOUT if it only needs longer",
+        if not self.alive:
+            raise await self.loss()
+        try:
+            slate = self._slate = Slate(self._picture_sizes)
+        except OSError as error:
+            self._doom("system", f"could not be started: no memory for pictures: {error}")
+            raise await self.loss() from error
+        inherited = [slate.fd]
+        if weights is not None and weights.desk is not None:
+            inherited.append(weights.desk.fileno())
+        assign = Assign(
+            key=self.key,
+            recipe=recipe,
+            picture_sizes=self._picture_sizes,
+            warm_up=warm_up,
+            borrow=weights is not None,
         )
+        advice = "raise LTX2_POOL_SPAWN_TIMEOUT if it only needs longer"
+        message = await self.begin(recipe.environment(cache), inherited, assign, self._timeouts.spawn, advice)
         if not isinstance(message, Ready):
             self._doom("spawn_parse_error", f"sent {message.type!r} before READY")
             raise await self.loss()
         self._ready, self.memory = True, message.memory
         return message
 
-    async def generate(self, job: Job, output: Path, on_event: OnEvent) -> Done:
+    async def generate(self, job: Job, output: Path, on_event: OnEvent, pixels: Sequence[int] = ()) -> Done:
         """As :meth:`ltx2_pool.processes.host.Process.generate`."""
         if self._job is not None:
             raise RuntimeError(f"{self} was given job {job.id} while it makes {self._job.id}")
@@ -94,6 +116,8 @@ class ShapeProcess(ChildProcess, Process):
             raise RuntimeError(f"{self} was given job {job.id} before it was READY")
         self._job, self._on_event, self._cancelled = job, on_event, False
         try:
+            if pixels and self._slate is not None:
+                self._slate.write(pixels)
             async with asyncio.timeout(self._timeouts.generation):
                 answer = await self._ask(Generate(job=job, output=str(output)))
         except Gone:
@@ -101,6 +125,9 @@ class ShapeProcess(ChildProcess, Process):
         except TimeoutError:
             self._doom("gen_timeout", f"took over {self._timeouts.generation:g} s for a video")
             raise await self.loss() from None
+        except OSError as error:
+            self._doom("system", f"could not be given the pictures of its job: {error}")
+            raise await self.loss() from error
         except BaseException:
             self.kill()  # cancelled, or `on_event` raised: the job is not wanted and cannot be taken back in time
             raise
@@ -165,6 +192,12 @@ class ShapeProcess(ChildProcess, Process):
                 memory=lost.memory,
             )
         return lost
+
+    async def _release(self) -> None:
+        if self._slate is not None:
+            self._slate.close()
+            self._slate = None
+        await super()._release()
 
     def _take(self, message: FromChild) -> None:
         if self._job is None or not isinstance(message, Phase | Step | Done | Failed):

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -19,6 +19,7 @@ from ltx2_pool.processes.shape import ShapeProcess
 from ltx2_pool.processes.spawner import ExecSpawner, Spawner
 from ltx2_pool.processes.weights import Weights, WeightsProcess
 from ltx2_pool.processes.zygote import ZygoteLost, ZygoteSpawner
+from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Lending, Ready
 from ltx2_pool.words.recipe import Recipe
@@ -31,8 +32,9 @@ _BAKE_AGAIN = "ltx2-warmup --only {key} --force"
 
 
 class ProcessHost(Host):
-    """Starts shape processes of one recipe, with compile caches below `cache_root`.
+    """Starts shape processes, each as its offer says, with compile caches below `cache_root`.
 
+    `recipe` is what all have in common; a key that is in none of the `offers` is made from text, in one stage.
     `scratch` is a directory of this run alone, where a damaged compile cache gets an empty one in its place, unless
     `replace_damaged_caches` is False: then such a shape's starts fail until it is baked again.
     """
@@ -48,8 +50,10 @@ class ProcessHost(Host):
         weights: Literal["shared", "private"] = "shared",
         spawner: Spawner | None = None,
         replace_damaged_caches: bool = True,
+        offers: Iterable[Offer] = (),
     ) -> None:
         self._recipe = recipe
+        self._offers = {offer.key: offer for offer in offers}
         self._cache_root = cache_root
         self._scratch = scratch
         self._timeouts = timeouts or Timeouts()
@@ -61,7 +65,8 @@ class ProcessHost(Host):
         self._pause = HelpersPause()
         self._weights: Weights | None = None
         if weights == "shared":
-            self._weights = Weights(recipe, spawner, self._guard, self._timeouts, self._pause)
+            borrowing = list(dict.fromkeys(map(recipe.of, self._offers.values()))) or [recipe]
+            self._weights = Weights(borrowing, spawner, self._guard, self._timeouts, self._pause)
             self._weights.on_lost = self._lose_borrowers
         self._tell_weights_lost: Callable[[], None] = lambda: None
         self._processes: set[ShapeProcess] = set()
@@ -80,9 +85,15 @@ class ProcessHost(Host):
 
     def process(self, key: Key, devices: tuple[str, ...] = ()) -> ShapeProcess:
         """As :meth:`ltx2_pool.processes.host.Host.process`."""
-        return ShapeProcess(key, devices, self._spawner, self._guard, self._timeouts)
+        sizes = self._offer(key).picture_sizes if self._offer(key).image else ()
+        return ShapeProcess(key, devices, self._spawner, self._guard, self._timeouts, sizes)
 
-    async def start_process(self, process: Process, warm_up: Job | None, cache: CacheDirs | None = None) -> Ready:
+    def _offer(self, key: Key) -> Offer:
+        return self._offers.get(key) or Offer(key.shape, key.variant, image=False)
+
+    async def start_process(
+        self, process: Process, warm_up: tuple[Job, ...] = (), cache: CacheDirs | None = None
+    ) -> Ready:
         """As :meth:`ltx2_pool.processes.host.Host.start_process`."""
         if not isinstance(process, ShapeProcess):
             raise TypeError(f"not a process of this host: {process}")
@@ -93,7 +104,7 @@ class ProcessHost(Host):
             process.on_compile_failure = lambda: self._on_compile_failure(process.key)
         try:
             weights = await self._weights_for(process)
-            ready = await process.start(self._recipe, cache, warm_up, weights)
+            ready = await process.start(self._recipe.of(self._offer(process.key)), cache, warm_up, weights)
         except ProcessLost as lost:
             process.kill()
             await process.loss()
@@ -207,17 +218,17 @@ class ProcessHost(Host):
         self._tell_weights_lost()
 
     def _cache_of(self, key: Key) -> CacheDirs:
-        return self._replaced.get(key) or CacheDirs.of(self._cache_root, key.shape)
+        return self._replaced.get(key) or CacheDirs.of(self._cache_root, key)
 
     def _on_compile_failure(self, key: Key) -> None:
         """What was compiled with is damaged, for all that is known: the next process gets an empty directory."""
-        advice = f"bake it again with: {_BAKE_AGAIN.format(key=key.shape.key)}"
+        advice = f"bake it again with: {_BAKE_AGAIN.format(key=key)}"
         if not self._replace:
             logger.error("the compile cache of %s is damaged: %s", key, advice)
             return
         if (superseded := self._replaced.get(key)) is not None:
             shutil.rmtree(superseded.root, ignore_errors=True)
-        cache = CacheDirs(self._scratch / "caches" / f"{key.shape.key}-{next(self._numbers)}")
+        cache = CacheDirs(self._scratch / "caches" / f"{key}-{next(self._numbers)}")
         with contextlib.suppress(OSError):
             # A process makes what is missing; that this failed it will say itself.
             cache.root.mkdir(parents=True, exist_ok=True)

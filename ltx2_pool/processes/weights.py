@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ltx2_pool.processes.guard import Guard
@@ -37,7 +37,7 @@ class WeightsProcess(ChildProcess):
         """Whether what it lends is kept, so that its end is none of those who have attached it."""
         self._asking = asyncio.Lock()
 
-    async def start(self, recipe: Recipe, loan: Loan | None = None) -> Lending:
+    async def start(self, recipes: Sequence[Recipe], loan: Loan | None = None) -> Lending:
         """Load the checkpoint, or take over what a predecessor lent. Raises ProcessLost; the process is then gone."""
         try:
             self.desk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -49,9 +49,9 @@ class WeightsProcess(ChildProcess):
                 handing = None if loan is None else asyncio.create_task(self._hand_over(loan))
                 try:
                     message = await self.begin(
-                        recipe.environment(),
-                        theirs,
-                        Lend(recipe=recipe, kept=None if loan is None else loan.lending),
+                        recipes[0].environment(),
+                        [theirs.fileno()],
+                        Lend(recipes=tuple(recipes), kept=None if loan is None else loan.lending),
                         self._timeouts.weights,
                         "raise LTX2_POOL_WEIGHTS_TIMEOUT if the checkpoint only needs longer to load",
                     )
@@ -116,8 +116,11 @@ class Weights:
     What it lends is kept, where that can be: then its end ends no borrower, and its successor loads nothing.
     """
 
-    def __init__(self, recipe: Recipe, spawner: Spawner, guard: Guard, timeouts: Timeouts, pause: HelpersPause) -> None:
-        self._recipe = recipe
+    def __init__(
+        self, recipes: Sequence[Recipe], spawner: Spawner, guard: Guard, timeouts: Timeouts, pause: HelpersPause
+    ) -> None:
+        """`recipes`: of all who may borrow."""
+        self._recipes = recipes
         self._spawner = spawner
         self._guard = guard
         self._timeouts = timeouts
@@ -168,7 +171,7 @@ class Weights:
             if self._closing:
                 raise ProcessLost("weights", "killed", "is not started any more: the worker is shutting down")
             process = self._process = WeightsProcess(self._spawner, self._guard, self._timeouts)
-            lent = await process.start(self._recipe, self._loan)
+            lent = await process.start(self._recipes, self._loan)
         except ProcessLost as lost:
             if not self._closing:
                 self._pause.failed(turn, str(lost))

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltx2_pool.words.extras import extra
-from ltx2_pool.words.shapes import Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Shape
 
 with extra("tools"):
     from rich.console import Console

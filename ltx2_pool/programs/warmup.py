@@ -24,7 +24,8 @@ from ltx2_pool.words.device import DeviceError
 from ltx2_pool.words.extras import extra
 from ltx2_pool.words.recipe import RecipeError, VideoSettings
 from ltx2_pool.words.settings import SettingsError
-from ltx2_pool.words.shapes import Menu, MenuError, Shape
+from ltx2_pool.words.menu import Menu, MenuError
+from ltx2_pool.words.shapes import Key
 
 if TYPE_CHECKING:
     from ltx2_pool.tools.board import Board
@@ -58,9 +59,9 @@ def main() -> int:
         parser.error("--jobs and --timeout must be positive")
     try:
         chosen = flags.load(arguments, os.environ)
-        menu = Menu.load(chosen.shapes)
-        shapes = [menu.get(key) for key in arguments.only] if arguments.only else list(menu.shapes)
         chosen.check_model()
+        menu = Menu.load(chosen.shapes, chosen.checkpoint())
+        keys = [menu.get(key) for key in arguments.only] if arguments.only else list(menu.keys)
         # The bake's videos are hashed: they are made alike, whatever the operator serves.
         recipe = chosen.recipe.model_copy(update={"video": VideoSettings()})
         recipe.on(devices.visible()[0].capability)
@@ -76,15 +77,16 @@ def main() -> int:
         spawn=chosen.spawn,
         weights=chosen.weights,
         replace_damaged_caches=False,
+        offers=menu.offers,
     )
     baker = Baker(menu, recipe, chosen.cache_root, host)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with extra("tools"):
         from ltx2_pool.tools.board import Board
-    board = Board(shapes, "verify" if arguments.verify else "bake")
+    board = Board(keys, "verify" if arguments.verify else "bake")
     try:
         with bake.lock(chosen.cache_root), board.live():
-            reports = asyncio.run(_run(baker, shapes, board, arguments))
+            reports = asyncio.run(_run(baker, keys, board, arguments))
     except BakeError as error:
         print(f"warmup.py: {error}", file=sys.stderr)
         return MAX_STATUS
@@ -96,38 +98,38 @@ def main() -> int:
         arguments.report.write_text(
             json.dumps({"menu": menu.hash, "ok": not failed, "shapes": [r.as_dict() for r in reports]}, indent=1) + "\n"
         )
-    if not (failed or arguments.verify) and set(shapes) == set(menu.shapes):
+    if not (failed or arguments.verify) and set(keys) == set(menu.keys):
         (chosen.cache_root / "IMAGE_SHAPE_HASH").write_text(f"{menu.hash}\n")
-    print(f"{len(reports) - len(failed)} of {len(shapes)} shapes are good; menu hash {menu.hash}")
-    return min(len(shapes) - (len(reports) - len(failed)), MAX_STATUS)
+    print(f"{len(reports) - len(failed)} of {len(keys)} shapes are good; menu hash {menu.hash}")
+    return min(len(keys) - (len(reports) - len(failed)), MAX_STATUS)
 
 
-async def _run(baker: Baker, shapes: Sequence[Shape], board: Board, arguments: argparse.Namespace) -> list[Report]:
+async def _run(baker: Baker, keys: Sequence[Key], board: Board, arguments: argparse.Namespace) -> list[Report]:
     reports: list[Report] = []
     slots = asyncio.Semaphore(arguments.jobs)
     stopped = False
 
-    async def one(shape: Shape) -> None:
+    async def one(key: Key) -> None:
         nonlocal stopped
         async with slots:
             if stopped:
-                board.state(shape, "not tried")
+                board.state(key, "not tried")
                 return
             if arguments.verify:
-                report = await baker.verify(shape, lambda state: board.state(shape, state))
-            elif not arguments.force and not baker.state(shape):
-                report = Report(shape.key, ok=True)
+                report = await baker.verify(key, lambda state: board.state(key, state))
+            elif not arguments.force and not baker.state(key):
+                report = Report(str(key), ok=True)
                 reports.append(report)
-                board.state(shape, "baked already, skipped")
+                board.state(key, "baked already, skipped")
                 return
             else:
-                report = await baker.bake(shape, lambda state: board.state(shape, state))
+                report = await baker.bake(key, lambda state: board.state(key, state))
             reports.append(report)
-            board.finished(shape, report)
+            board.finished(key, report)
             stopped = arguments.fail_fast and not report.ok
 
     async with baker.working():
-        await asyncio.gather(*(one(shape) for shape in shapes))
+        await asyncio.gather(*(one(key) for key in keys))
     return reports
 
 

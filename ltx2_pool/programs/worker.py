@@ -23,7 +23,8 @@ from ltx2_pool.words.device import Device, DeviceError
 from ltx2_pool.words.extras import extra, missing_for
 from ltx2_pool.words.recipe import RecipeError
 from ltx2_pool.words.settings import Settings, SettingsError
-from ltx2_pool.words.shapes import Menu, MenuError, Shape
+from ltx2_pool.words.menu import Menu, MenuError
+from ltx2_pool.words.shapes import Key
 
 PROGRAM = "ltx2-worker"
 
@@ -64,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int:
-    menu = Menu.load(settings.shapes)
+    settings.check_model()
+    checkpoint = settings.checkpoint()
+    menu = Menu.load(settings.shapes, checkpoint)
     menu.check_image(settings.image_shape_hash)
     _check_system_port(os.environ.get("DYN_SYSTEM_PORT"))
-    settings.check_model()
     if settings.media_output_fs_url and (missing := missing_for(settings.media_output_fs_url)):
         raise SettingsError(missing)
     device = devices.visible()[0]
@@ -79,6 +81,7 @@ def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int
             from ltx2_pool.tools import plan
         plan.show(settings, menu, device, prewarm)
         return 0
+    logging.info("%s", checkpoint)
     held = _hold(device)
     problems = _check_caches(settings, menu)
     run_dir = settings.make_run_dir()
@@ -119,14 +122,14 @@ def _check_caches(settings: Settings, menu: Menu) -> dict[str, list[manifest.Mis
     """Compare every shape's baked cache with what this worker would bake, as LTX2_CACHE_POLICY says."""
     if not (settings.pool_mode and settings.compile):
         return {}
-    problems = manifest.check(settings.cache_root, settings.recipe, menu.shapes)
+    problems = manifest.check(settings.cache_root, settings.recipe, menu.offers)
     lines = [manifest.describe(key, mismatches) for key, mismatches in problems.items()]
     if lines and settings.cache_policy == "strict":
         raise SettingsError("LTX2_CACHE_POLICY=strict and these caches will not hit:\n  " + "\n  ".join(lines))
     for line in lines:
         logging.warning("first video will compile: %s", line)
     logging.info(
-        "%d of %d shapes are baked in %s", len(menu.shapes) - len(lines), len(menu.shapes), settings.cache_root
+        "%d of %d shapes are baked in %s", len(menu.offers) - len(lines), len(menu.offers), settings.cache_root
     )
     return problems
 
@@ -143,7 +146,7 @@ async def _serve(
     device: Device,
     run_dir: Path,
     traffic: Traffic,
-    prewarm: Sequence[Shape],
+    prewarm: Sequence[Key],
     not_baked: Collection[str],
     last_resort: exits.LastResort,
 ) -> int:
@@ -157,10 +160,10 @@ async def _serve(
         os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
     request_plane = os.environ.get("DYN_REQUEST_PLANE", "tcp")
     runtime = DistributedRuntime(asyncio.get_running_loop(), settings.discovery, request_plane)
-    metrics = Metrics([shape.key for shape in menu.shapes])
-    baked = [shape for shape in menu.shapes if settings.pool_mode and shape.key not in not_baked]
-    for shape in menu.shapes:
-        metrics.baked.labels(shape.key).set(shape in baked)
+    metrics = Metrics([str(key) for key in menu.keys])
+    baked = [key for key in menu.keys if settings.pool_mode and str(key) not in not_baked]
+    for key in menu.keys:
+        metrics.baked.labels(str(key)).set(key in baked)
     known = assembly.measured(settings, baked)
     pool = assembly.pool(settings, menu, device, run_dir, metrics, prewarm, known)
     return await endpoint.serve(runtime, pool, menu, settings, metrics, traffic, last_resort)

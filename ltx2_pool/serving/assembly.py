@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,19 +20,20 @@ from ltx2_pool.words import requests
 from ltx2_pool.words.device import Device
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.settings import Settings
-from ltx2_pool.words.shapes import CacheDirs, Key, Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import CacheDirs, Key
 
 GIB = 2**30
 
 
-def measured(settings: Settings, shapes: Iterable[Shape]) -> dict[Shape, Memory]:
-    """What the bake of each shape needed, with weights of its own where processes load their own."""
+def measured(settings: Settings, keys: Iterable[Key]) -> dict[Key, Memory]:
+    """What the bake of each key needed, with weights of its own where processes load their own."""
     weights = checkpoint_bytes(settings.model) if settings.weights == "private" else 0
     known = {}
-    for shape in shapes:
-        found = manifest.read(CacheDirs.of(settings.cache_root, shape))
+    for key in keys:
+        found = manifest.read(CacheDirs.of(settings.cache_root, key))
         if found is not None:
-            known[shape] = found.memory.model_copy(update={"weights": weights})
+            known[key] = found.memory.model_copy(update={"weights": weights})
     return known
 
 
@@ -42,13 +42,13 @@ def checkpoint_bytes(model: Path) -> int:
     return sum(path.stat().st_size for path in model.rglob("*.safetensors"))
 
 
-def ledger(settings: Settings, device: Device, known: Mapping[Shape, Memory]) -> Ledger:
+def ledger(settings: Settings, device: Device, known: Mapping[Key, Memory]) -> Ledger:
     """What the pool starts with; the budget of the device is found out later, when it can be."""
     if not settings.pool_mode:  # one generator, one job at a time: there is nothing to weigh
         return Ledger({device.id: sys.maxsize})
     made = Ledger({device.id: None}, concurrency=settings.gpu_concurrency, max_processes=settings.max_processes)
-    for shape, memory in known.items():
-        made.observe(Key(shape), memory)
+    for key, memory in known.items():
+        made.observe(key, memory)
     return made
 
 
@@ -81,8 +81,8 @@ def pool(
     device: Device,
     run_dir: Path,
     metrics: Metrics,
-    prewarm: Sequence[Shape],
-    known: Mapping[Shape, Memory],
+    prewarm: Sequence[Key],
+    known: Mapping[Key, Memory],
 ) -> Pool:
     """The pool that the settings describe. `known`: what is known of the shapes' memory; `run_dir` is ours alone.
 
@@ -101,15 +101,16 @@ def pool(
             spawn=settings.spawn,
             weights=settings.weights,
             replace_damaged_caches=settings.cache_policy != "strict",
+            offers=menu.offers,
         )
     else:
-        host = InProcessHost(settings.recipe, settings.cache_root, timeouts(settings))
-        prewarm = menu.shapes[:1]
+        host = InProcessHost(settings.recipe, settings.cache_root, timeouts(settings), menu.offers)
+        prewarm = menu.keys[:1]
     book = Book(
         ledger(settings, device, known),
         limits(settings),
-        keys=[Key(shape) for shape in menu.shapes],
-        ahead=[Key(shape) for shape in prewarm],
+        keys=menu.keys,
+        ahead=prewarm,
     )
     return Pool(
         host,
@@ -117,7 +118,7 @@ def pool(
         videos,
         devices=(device,),
         memory_reserve=int(settings.memory_reserve * GIB),
-        warm_up=functools.partial(requests.warm_up, menu) if settings.warm else None,
+        warm_up=(lambda key: requests.warm_up(menu, menu.offer(key))) if settings.warm else None,
         ready_min=settings.ready_min if settings.pool_mode else 1,
         metrics=metrics,
     )

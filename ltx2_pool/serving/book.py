@@ -84,7 +84,15 @@ class Book:
 
     # Jobs come and go.
 
-    def admit(self, job: Job, key: Key, user: str, settle: Callable[[Answer], None], now: float) -> Ticket:
+    def admit(
+        self,
+        job: Job,
+        key: Key,
+        user: str,
+        settle: Callable[[Answer], None],
+        now: float,
+        pixels: Sequence[int] = (),
+    ) -> Ticket:
         """Take a job in. Raises a Rejected; nothing has then happened."""
         if self.closing:
             raise PoolClosed("the worker is shutting down")
@@ -113,6 +121,7 @@ class Book:
             turn=self._turns.next(user),
             job=job,
             user=user,
+            pixels=pixels,
             settle=settle,
         )
         insort(self.waiting, ticket, key=_order)

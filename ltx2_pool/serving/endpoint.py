@@ -28,7 +28,7 @@ from ltx2_pool.words import requests
 from ltx2_pool.words.outcomes import OnEvent, Video
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.settings import Settings
-from ltx2_pool.words.shapes import Menu
+from ltx2_pool.words.menu import Menu
 
 logger = logging.getLogger(__name__)
 

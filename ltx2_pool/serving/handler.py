@@ -25,7 +25,7 @@ from ltx2_pool.words import requests
 from ltx2_pool.words.outcomes import JobFailed, JobTimeout, OnEvent, Poisonous, ProcessLost, QueueFull, Rejected, Video
 from ltx2_pool.words.protocol import Phase, Step
 from ltx2_pool.words.requests import Delivery, Job, RequestError
-from ltx2_pool.words.shapes import Menu
+from ltx2_pool.words.menu import Menu
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from ltx2_pool.words.outcomes import (
 from ltx2_pool.words.protocol import Phase as PhaseBegins
 from ltx2_pool.words.protocol import Ready, Step
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import Key, Shape
+from ltx2_pool.words.shapes import Key
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Pool:
         *,
         devices: tuple[Device, ...] = (),
         memory_reserve: int = 0,
-        warm_up: Callable[[Shape], Job] | None = None,
+        warm_up: Callable[[Key], tuple[Job, ...]] | None = None,
         ready_min: int = 0,
         metrics: Metrics | None = None,
     ) -> None:
@@ -103,12 +103,12 @@ class Pool:
         self._started = True
         self._publish()
 
-    async def generate(self, job: Job, on_event: OnEvent, user: str = "") -> Video:
-        """Make one video; the caller owns its file. Cancelling the awaiting task cancels the job, wherever it is.
+    async def generate(self, job: Job, on_event: OnEvent, user: str = "", pixels: Sequence[int] = ()) -> Video:
+        """Make one video; the caller owns its file, and the descriptors of the pictures that it is made from. Cancelling the awaiting task cancels the job, wherever it is.
 
         Raises a Rejected, JobFailed (the pipeline said no) or ProcessLost (after the last process that it may lose).
         """
-        key, began = Key(job.shape), time.monotonic()
+        key, began = job.key, time.monotonic()
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
         def settle(outcome: Answer) -> None:
@@ -120,7 +120,7 @@ class Pool:
         try:
             if self._host.broken is not None:
                 raise PoolClosed(f"nothing can be made here any more: {self._host.broken}")
-            ticket = self._book.admit(job, key, user, settle, began)
+            ticket = self._book.admit(job, key, user, settle, began, pixels)
             self._events[ticket.number] = on_event
             self._decide()
             try:
@@ -129,7 +129,7 @@ class Pool:
                 self._events.pop(ticket.number, None)
         except Rejected as rejected:
             outcome = rejected
-        self._report.answered(job.shape, outcome, time.monotonic() - began)
+        self._report.answered(job.key, outcome, time.monotonic() - began)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -139,7 +139,7 @@ class Pool:
         try:
             done, _ = await asyncio.wait([answer], timeout=limit)
         except asyncio.CancelledError:
-            self._metrics.cancellations.labels(ticket.job.shape.key).inc()
+            self._metrics.cancellations.labels(str(ticket.key)).inc()
             self._give_up(ticket, answer)
             raise
         if not done:
@@ -239,7 +239,7 @@ class Pool:
                     self._own(self._run(ticket, action.process, self._handles[action.process.id]))
                 case Evict():
                     logger.info("evicting %s: %s", action.process.key, action.why)
-                    self._metrics.evictions.labels(action.process.key.shape.key).inc()
+                    self._metrics.evictions.labels(str(action.process.key)).inc()
                     self._own(self._stop(self._handles[action.process.id]))
                 case Refuse():
                     logger.warning("job refused: %s is %s", action.job.key, action.why)
@@ -256,12 +256,12 @@ class Pool:
 
     def _begin(self, action: Begin) -> None:
         entry = action.process
-        self._metrics.spawns.labels(entry.key.shape.key).inc()
+        self._metrics.spawns.labels(str(entry.key)).inc()
         handle = self._handles[entry.id] = self._host.process(entry.key, entry.devices)
-        warm_up = self._warm_up(entry.key.shape) if self._warm_up is not None and action.warm else None
+        warm_up = self._warm_up(entry.key) if self._warm_up is not None and action.warm else ()
         self._lives[entry.id] = self._own(self._live(entry, handle, warm_up))
 
-    async def _live(self, entry: Reservation, handle: Process, warm_up: Job | None) -> None:
+    async def _live(self, entry: Reservation, handle: Process, warm_up: tuple[Job, ...]) -> None:
         """Own one process from its start to its end."""
         try:
             try:
@@ -335,7 +335,7 @@ class Pool:
                 files.make_empty(output)
             except OSError as error:
                 raise NoRoom(f"the file for the video cannot be made: {error}") from error
-            done = await handle.generate(ticket.job, output, on_event)
+            done = await handle.generate(ticket.job, output, on_event, ticket.pixels)
             seconds = (encoding_began or time.monotonic()) - began
             video = Video(output, done.sample_rate, {"queue": queued, **done.phases})
             delivered = self._book.done(entry, done.memory, video, seconds)

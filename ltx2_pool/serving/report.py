@@ -16,7 +16,7 @@ from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.tickets import Ticket
 from ltx2_pool.words.outcomes import JobFailed, ProcessLost, Rejected, Video
 from ltx2_pool.words.protocol import Ready
-from ltx2_pool.words.shapes import Key, Shape
+from ltx2_pool.words.shapes import Key
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ class Report:
         self._health_waiters: list[asyncio.Future[None]] = []
         self._last_errors: dict[str, str] = {}
 
-    def answered(self, shape: Shape, outcome: Video | Exception, seconds: float) -> None:
+    def answered(self, asked: Key, outcome: Video | Exception, seconds: float) -> None:
         """A request got its answer, that many seconds after it came."""
-        key, metrics = shape.key, self.metrics
+        key, metrics = str(asked), self.metrics
         match outcome:
             case Video():
                 metrics.requests.labels(key, "DONE").inc()
@@ -68,7 +68,7 @@ class Report:
         metrics = self.metrics
         if (lending := self._host.lending) is not None:
             metrics.lent.set(lending.bytes)
-        metrics.cold_spawn.labels(process.key.shape.key).observe(seconds)
+        metrics.cold_spawn.labels(str(process.key)).observe(seconds)
         parts = (ready.import_s, ready.load_s, ready.trace_s, ready.warm_s)
         for phase, part in zip(("import", "attach", "trace", "warm_up"), parts, strict=True):
             metrics.start_phase.labels(phase).observe(part)
@@ -78,7 +78,7 @@ class Report:
         """The process said what it holds."""
         if process.memory is not None:
             for kind in ("resident", "peak"):
-                self.metrics.memory.labels(process.key.shape.key, kind).set(getattr(process.memory, kind))
+                self.metrics.memory.labels(str(process.key), kind).set(getattr(process.memory, kind))
 
     def lost(self, key: Key, lost: ProcessLost) -> None:
         """A process was lost."""
@@ -103,7 +103,7 @@ class Report:
         logger.error("job %s: %s", ticket.job.id, lost)
         if charge == "retry":
             logger.warning("job %s lost its process (%s) and is tried again", ticket.job.id, lost.reason)
-            self.metrics.retries.labels(ticket.key.shape.key).inc()
+            self.metrics.retries.labels(str(ticket.key)).inc()
         elif charge == "poisoned":
             logger.error("job %s ended %d processes: its parameters are refused", ticket.job.id, ticket.faults)
 
@@ -115,9 +115,9 @@ class Report:
         metrics.leases.set(sum(r.phase is Phase.GENERATING for r in entries))
         metrics.wait.set(book.expected_wait())
         metrics.set_shapes(
-            {r.key.shape.key: _state(r) for r in entries},
-            Counter(ticket.key.shape.key for ticket in book.waiting),
-            {key.shape.key for key in book.unavailable(now)},
+            {str(r.key): _state(r) for r in entries},
+            Counter(str(ticket.key) for ticket in book.waiting),
+            {str(key) for key in book.unavailable(now)},
         )
         health: Health = "able" if book.able() else "unable"
         if self._host.broken is not None:

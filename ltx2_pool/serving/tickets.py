@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ltx2_pool.serving.ledger import Reservation
@@ -37,6 +37,8 @@ class Ticket(Waiting):
 
     job: Job
     user: str
+    pixels: Sequence[int] = ()
+    """Descriptors of the job's pictures; open until it is settled."""
     settle: Callable[[Answer], None]
     """Called once, with the video or with why there is none."""
     answered: bool = False

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ltx2_pool.serving.threads import Lane
 from ltx2_pool.words.settings import SettingsError
-from ltx2_pool.words.shapes import Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Key
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +47,17 @@ class Traffic:
         if path is not None:
             self._scores = self._read(path)
 
-    def count(self, shape: Shape) -> None:
-        """One job for this shape was admitted."""
+    def count(self, asked: Key) -> None:
+        """One job for this key was admitted."""
         with self._lock:
             self._decay()
             for scores in (self._scores, self._unsaved):
-                scores[shape.key] = scores.get(shape.key, 0.0) + 1.0
+                scores[str(asked)] = scores.get(str(asked), 0.0) + 1.0
 
-    def top(self, shapes: Iterable[Shape], number: int) -> list[Shape]:
+    def top(self, keys: Iterable[Key], number: int) -> list[Key]:
         """The most asked for shapes first, the others in the given order after them; at most `number`."""
         scores = self.scores()
-        return sorted(shapes, key=lambda shape: -scores.get(shape.key, 0.0))[:number]
+        return sorted(keys, key=lambda key: -scores.get(str(key), 0.0))[:number]
 
     def scores(self) -> dict[str, float]:
         """Jobs by shape key, each counting the less the older it is."""
@@ -158,14 +159,14 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def to_prewarm(wanted: str, menu: Menu, traffic: Traffic) -> list[Shape]:
-    """The shapes that ``--prewarm`` names, in the order to start them. Raises SettingsError for one not on the menu."""
+def to_prewarm(wanted: str, menu: Menu, traffic: Traffic) -> list[Key]:
+    """The keys that ``--prewarm`` names, in the order to start them. Raises SettingsError for one not on the menu."""
     if wanted == "none":
         return []
     if wanted == "all":
-        return traffic.top(menu.shapes, len(menu.shapes))
+        return traffic.top(menu.keys, len(menu.keys))
     if wanted.startswith("top:"):
-        return traffic.top(menu.shapes, int(wanted.removeprefix("top:")))
+        return traffic.top(menu.keys, int(wanted.removeprefix("top:")))
     try:
         return [menu.get(key.strip()) for key in wanted.split(",")]
     except KeyError as error:

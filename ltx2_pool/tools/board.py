@@ -11,17 +11,17 @@ from rich.table import Table
 
 from ltx2_pool.caches.bake import Report
 from ltx2_pool.tools import terminal
-from ltx2_pool.words.shapes import Shape
+from ltx2_pool.words.shapes import Key
 
 
 class Board:
     """The states of the shapes, and what was measured."""
 
-    def __init__(self, shapes: Sequence[Shape], verb: str) -> None:
+    def __init__(self, keys: Sequence[Key], verb: str) -> None:
         self._console = terminal.console()
         self._verb = verb
-        self._states = {shape.key: "waiting" for shape in shapes}
-        self._since = {shape.key: time.monotonic() for shape in shapes}
+        self._states = {str(key): "waiting" for key in keys}
+        self._since = {str(key): time.monotonic() for key in keys}
         self._reports: dict[str, Report] = {}
         self._live: Live | None = None
 
@@ -34,17 +34,17 @@ class Board:
             yield
             self._console.print(self._table())
 
-    def state(self, shape: Shape, state: str) -> None:
-        self._states[shape.key] = state
-        self._since[shape.key] = time.monotonic()
+    def state(self, key: Key, state: str) -> None:
+        self._states[str(key)] = state
+        self._since[str(key)] = time.monotonic()
         if self._live is None:
-            print(f"{time.strftime('%H:%M:%S')} {shape.key}: {state}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} {key}: {state}", flush=True)
 
-    def finished(self, shape: Shape, report: Report) -> None:
-        self._reports[shape.key] = report
-        self.state(shape, "good" if report.ok else f"{self._verb} failed")
+    def finished(self, key: Key, report: Report) -> None:
+        self._reports[str(key)] = report
+        self.state(key, "good" if report.ok else f"{self._verb} failed")
         for problem in report.problems:
-            print(f"{time.strftime('%H:%M:%S')} {shape.key}: {problem}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} {key}: {problem}", flush=True)
 
     def _table(self) -> Table:
         first = "baked first s" if self._verb == "verify" else "cold s"

@@ -24,7 +24,7 @@ from ltx2_pool.words import device
 from ltx2_pool.words.device import Device, DeviceError, main_memory
 from ltx2_pool.words.extras import missing_for
 from ltx2_pool.words.settings import Settings, SettingsError
-from ltx2_pool.words.shapes import Menu, MenuError
+from ltx2_pool.words.menu import Menu, MenuError
 
 PACKAGES = ("ai-dynamo", "fastvideo", "torch", "triton", "transformers", "av")
 _GIB = 2**30
@@ -125,11 +125,11 @@ def _device_memory(what: str, one: Device) -> Finding:
 
 def _menu(settings: Settings) -> Finding:
     try:
-        menu = Menu.load(settings.shapes)
+        menu = Menu.load(settings.shapes, settings.checkpoint())
         menu.check_image(settings.image_shape_hash)
-    except (MenuError, OSError) as error:
+    except (MenuError, SettingsError, OSError) as error:
         return Finding("menu", "bad", str(error), "fix that line, or serve the menu that the image was baked for")
-    return Finding("menu", "ok", f"{settings.shapes}: {len(menu.shapes)} shapes, hash {menu.hash}")
+    return Finding("menu", "ok", f"{settings.shapes}: {len(menu.offers)} shapes, hash {menu.hash}")
 
 
 def _checked(what: str, check: Callable[[], None], found: str, cure: str) -> Finding:
@@ -152,17 +152,17 @@ def _caches(settings: Settings) -> Iterator[Finding]:
         "make it writable, with 1 GiB free, unless every shape is baked",
     )
     try:
-        menu = Menu.load(settings.shapes)
-        problems = manifest.check(root, settings.recipe, menu.shapes)
-    except (MenuError, OSError):
+        menu = Menu.load(settings.shapes, settings.checkpoint())
+        problems = manifest.check(root, settings.recipe, menu.offers)
+    except (MenuError, SettingsError, OSError):
         return  # said above
     bad = "bad" if settings.cache_policy == "strict" else "note"
-    for shape in menu.shapes:
-        mismatches = problems.get(shape.key)
+    for key in map(str, menu.keys):
+        mismatches = problems.get(key)
         if mismatches is None:
-            yield Finding(f"cache {shape.key}", "ok", "baked, fits")
+            yield Finding(f"cache {key}", "ok", "baked, fits")
         else:
-            yield Finding(f"cache {shape.key}", bad, manifest.describe(shape.key, mismatches))
+            yield Finding(f"cache {key}", bad, manifest.describe(key, mismatches))
 
 
 def _system_port(port: str) -> Finding:

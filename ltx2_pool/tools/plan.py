@@ -15,18 +15,19 @@ from ltx2_pool.tools import terminal
 from ltx2_pool.words.device import Device
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.settings import Settings
-from ltx2_pool.words.shapes import CacheDirs, Key, Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import CacheDirs, Key
 
 
-def show(settings: Settings, menu: Menu, device: Device, prewarm: Sequence[Shape]) -> None:
+def show(settings: Settings, menu: Menu, device: Device, prewarm: Sequence[Key]) -> None:
     """Print the plan. Raises OSError without a checkpoint."""
     console = terminal.console()
     if not settings.pool_mode:
         console.print("mode      one generator inside the worker (LTX2_POOL_MODE=1 turns the pool on)")
         console.print(f"caches    {settings.cache_root}/in-process; the baked ones of single shapes are not used")
         return
-    problems = manifest.check(settings.cache_root, settings.recipe, menu.shapes)
-    baked = [shape for shape in menu.shapes if shape.key not in problems]
+    problems = manifest.check(settings.cache_root, settings.recipe, menu.offers)
+    baked = [key for key in menu.keys if str(key) not in problems]
     known = assembly.measured(settings, baked)
     checkpoint = assembly.checkpoint_bytes(settings.model)
     console.print(f"model     {settings.served_model_name or menu.model} from {settings.model} ({_gib(checkpoint)})")
@@ -36,24 +37,24 @@ def show(settings: Settings, menu: Menu, device: Device, prewarm: Sequence[Shape
     console.print(f"spawn     {settings.spawn}, weights {settings.weights}, warm-up video {warm_up}")
     budget = device.free() - (checkpoint if settings.weights == "shared" else 0)
     started = would_start(settings, device, budget, prewarm, known)
-    unknown = [shape for shape in started if shape not in known]
+    unknown = [key for key in started if key not in known]
     limit = f"at most {settings.max_processes}, and what fits" if settings.max_processes else "what fits"
     console.print(
         f"K         {limit}: some {_gib(budget)} for processes, less {settings.memory_reserve:g} GiB in reserve; "
-        f"{len(started)} of {len(menu.shapes)} shapes"
+        f"{len(started)} of {len(menu.offers)} shapes"
         + (f", of which {len(unknown)} were never measured: each runs alone until it is" if unknown else "")
     )
     table = Table("shape", "compile cache", "cold s", "hot s", "resident", "peak", "at start")
-    for shape in menu.shapes:
-        found = manifest.read(CacheDirs.of(settings.cache_root, shape)) if shape in baked else None
+    for key in menu.keys:
+        found = manifest.read(CacheDirs.of(settings.cache_root, key)) if key in baked else None
         table.add_row(
-            shape.key,
-            "baked" if found is not None else str(problems[shape.key][0]),
+            str(key),
+            "baked" if found is not None else str(problems[str(key)][0]),
             f"{found.cold_s:.1f}" if found is not None else "",
             f"{found.hot_s:.2f}" if found is not None else "",
-            _gib(known[shape].resident) if shape in known else "",
-            _gib(known[shape].peak) if shape in known else "",
-            f"{started.index(shape) + 1}." if shape in started else "on request",
+            _gib(known[key].resident) if key in known else "",
+            _gib(known[key].peak) if key in known else "",
+            f"{started.index(key) + 1}." if key in started else "on request",
         )
     console.print(table)
     for key, mismatches in problems.items():
@@ -61,19 +62,19 @@ def show(settings: Settings, menu: Menu, device: Device, prewarm: Sequence[Shape
 
 
 def would_start(
-    settings: Settings, device: Device, budget: int, prewarm: Sequence[Shape], known: dict[Shape, Memory]
-) -> list[Shape]:
+    settings: Settings, device: Device, budget: int, prewarm: Sequence[Key], known: dict[Key, Memory]
+) -> list[Key]:
     """The shapes that the pool's own decision would start ahead, if every start works."""
     ledger = assembly.ledger(settings, device, known)
     ledger.set_budget(device.id, budget, int(settings.memory_reserve * GIB))
-    book = Book(ledger, ahead=[Key(shape) for shape in prewarm])
-    started: list[Shape] = []
+    book = Book(ledger, ahead=prewarm)
+    started: list[Key] = []
     while begun := book.next_actions(0.0):
         for action in begun:
             process = getattr(action, "process", None)
             if process is not None:
                 ledger.enter(process, Phase.IDLE)
-                started.append(process.key.shape)
+                started.append(process.key)
         if len(started) >= len(prewarm):
             break
     return started

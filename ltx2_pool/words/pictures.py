@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 Frame = Literal["first", "last"]
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
+MAX_PICTURES = 2
+"""Of one job: one for its first frame, one for its last."""
 H264_QUALITY = 33
 """Constant rate factor that a picture is compressed with before the model sees it, as its training frames were
 (FastVideo pipelines/basic/ltx2/stages/ltx2_image_conditioning.py: DEFAULT_LTX2_IMAGE_CRF)."""
@@ -46,6 +51,6 @@ class PictureLimits:
     Empty: from nowhere."""
 
 
-def pixel_bytes(sizes: tuple[tuple[int, int], ...]) -> int:
+def pixel_bytes(sizes: Iterable[Size]) -> int:
     """Bytes of one picture in RGB, once at each size (width, height)."""
     return sum(3 * width * height for width, height in sizes)

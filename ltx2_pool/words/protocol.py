@@ -13,9 +13,10 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ltx2_pool.words.pictures import Size
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import Shape
+from ltx2_pool.words.shapes import Key
 
 HEADER = struct.Struct("!i")
 MAX_MESSAGE = 4 << 20
@@ -33,15 +34,20 @@ class _Message(BaseModel):
 
 
 class Assign(_Message):
-    """Parent to child, first and once: the shape that the process is pinned to for life."""
+    """Parent to child, first and once: the key that the process is pinned to for life.
+
+    Its second inherited descriptor is memory in which it finds the pixels of a job's pictures.
+    """
 
     type: Literal["assign"] = "assign"
-    shape: Shape
+    key: Key
     recipe: Recipe
-    warm_up: Job | None = None
-    """A video to make and throw away before READY, so that the shape is hot then."""
+    picture_sizes: tuple[Size, ...] = ()
+    """At which a picture lies in that memory, one after the other; then the next picture."""
+    warm_up: tuple[Job, ...] = ()
+    """Videos to make and throw away before READY, so that the shape is hot then."""
     borrow: bool = False
-    """Borrow the weights over the second inherited descriptor instead of loading the checkpoint."""
+    """Borrow the weights over the third inherited descriptor instead of loading the checkpoint."""
 
 
 class Lending(_Message):
@@ -62,7 +68,8 @@ class Lend(_Message):
     """Parent to child, first and once: load the checkpoint and lend it over the second inherited descriptor."""
 
     type: Literal["lend"] = "lend"
-    recipe: Recipe
+    recipes: tuple[Recipe, ...]
+    """Of all borrowers."""
     kept: Lending | None = None
     """Load nothing: go on lending what a process before lent. It comes over the second inherited descriptor first."""
 
@@ -80,6 +87,7 @@ class Generate(_Message):
     job: Job
     output: str
     """Path of an empty file, to be opened without following links."""
+    # The pixels of its pictures are in the memory that the process has from its start.
 
 
 class Cancel(_Message):

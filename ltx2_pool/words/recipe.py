@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ltx2_pool.words.shapes import CacheDirs
+from ltx2_pool.words.checkpoint import Kind
+from ltx2_pool.words.menu import Menu, Offer
+from ltx2_pool.words.shapes import CacheDirs, Key
 
 WITHOUT_KERNELS = ("TORCH_SDPA", "FLASH_ATTN")
 """Attention backends that do without FastVideo's own kernels (the package fastvideo-kernel)."""
@@ -56,7 +58,22 @@ class Recipe(BaseModel):
     same bytes (torch/_inductor/config.py: deterministic)."""
     quantization: Literal["auto", "FP8", "NVFP4"] | None = None
     """Of the transformer, by FastVideo's name; ``auto``: what the device is made for, by the rule of :meth:`on`."""
+    kind: Kind = "auto"
+    """What the checkpoint is to be taken for, where it does not say itself (words/checkpoint.py)."""
+    image: bool = False
+    """Videos may start from a picture: the VAE's encoder is loaded."""
+    refine: int = 0
+    """Steps of a second stage at full size, after a first one at half of it; 0: one stage."""
     video: VideoSettings = VideoSettings()
+
+    def of(self, offer: Offer) -> Recipe:
+        """As the videos of one entry of the menu are made."""
+        quantization = self.quantization
+        if offer.optimize is not None:
+            quantization = "auto" if offer.optimize else None
+        return self.model_copy(
+            update={"image": offer.image, "refine": offer.refine, "quantization": quantization}
+        )
 
     def on(self, capability: str) -> Recipe:
         """This recipe with every choice made for a device, by its CUDA compute capability (``9.0``; a CPU: anything
@@ -96,6 +113,11 @@ class Recipe(BaseModel):
             # Lets torch.cuda.is_available() answer without a CUDA context, so that a preloaded process can fork.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
+
+
+def recipes(recipe: Recipe, menu: Menu) -> dict[Key, Recipe]:
+    """How the videos of each entry of a menu are made."""
+    return {offer.key: recipe.of(offer) for offer in menu.offers}
 
 
 def _version(capability: str) -> tuple[int, int]:

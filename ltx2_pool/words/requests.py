@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ltx2_pool.words.shapes import NOMINAL_HEIGHTS, Menu, Shape
+from ltx2_pool.words.menu import Menu, Offer
+from ltx2_pool.words.pictures import Frame, Picture
+from ltx2_pool.words.shapes import NOMINAL_HEIGHTS, Key, Shape
 
-MAX_STEPS = 50
 MAX_SEED = 2**32 - 1
 MAX_USER_CHARS = 256
 OUTPUT_FORMATS = ("mp4",)
@@ -23,7 +24,7 @@ class RequestError(ValueError):
 
 
 class NvExt(BaseModel):
-    """The fields of Dynamo's VideoNvExt (dynamo.common.protocols.video_protocol) that LTX-2 text-to-video uses."""
+    """The fields of Dynamo's VideoNvExt (dynamo.common.protocols.video_protocol) that LTX-2 uses."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -33,6 +34,16 @@ class NvExt(BaseModel):
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: int | None = None
+
+
+class More(BaseModel):
+    """Our own top-level fields: the frontend hands over those that it does not know as extra_args.media_passthrough."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input_reference_strength: float = 1.0
+    last_frame_reference: str | None = None
+    last_frame_strength: float = 1.0
 
 
 class VideoRequest(BaseModel):
@@ -54,8 +65,18 @@ class VideoRequest(BaseModel):
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Where a picture is to be had, as the client says, and what it is for."""
+
+    text: str
+    """A ``data:`` or ``https:`` URL."""
+    frame: Frame = "first"
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
 class Job:
-    """One admitted request: everything a shape process needs to make its video."""
+    """One admitted request: everything a shape process needs to make its video, but for the pixels of its pictures."""
 
     id: str
     shape: Shape
@@ -65,16 +86,60 @@ class Job:
     guidance: float
     fps: int
     negative_prompt: str = ""
+    variant: str = ""
+    refine: int = 0
+    """Steps of the second stage; 0: one stage."""
+    pictures: tuple[Picture, ...] = ()
+    recipe: str = ""
+    """Digest of all that besides the request decides what the video's bytes are; empty when nobody has asked."""
+
+    @property
+    def key(self) -> Key:
+        """What kind of process makes it."""
+        return Key(self.shape, self.variant)
 
     @property
     def comment(self) -> str:
-        """What the MP4 says of itself, so that a file can be made again."""
-        return f"shape={self.shape.key} seed={self.seed} steps={self.steps} fps={self.fps}"
+        """What the MP4 says of itself: with the prompts and the pictures, all that it takes to make it again."""
+        said: dict[str, object] = {"shape": self.shape.key}
+        if self.variant:
+            said["model"] = self.variant
+        said |= {"seed": self.seed, "steps": self.steps}
+        if self.refine:
+            said["refine"] = self.refine
+        said |= {"guidance": f"{self.guidance:g}", "fps": self.fps, "prompt": _sha256(self.prompt)}
+        if self.negative_prompt:
+            said["negative_prompt"] = _sha256(self.negative_prompt)
+        words = [f"{name}={value}" for name, value in said.items()]
+        words += [f"picture={picture}" for picture in self.pictures]
+        return " ".join([*words, *([f"recipe={self.recipe}"] if self.recipe else [])])
 
 
-def warm_up(menu: Menu, shape: Shape) -> Job:
-    """The video that makes a process of this shape hot: by the menu's parameters, and thrown away."""
-    return Job("warm-up", shape, "a warm-up", menu.seed, menu.steps, menu.guidance, menu.fps)
+def warm_up(menu: Menu, offer: Offer) -> tuple[Job, ...]:
+    """The videos that make a process of this offer hot: by the menu's parameters, and thrown away.
+
+    Another one starts from a picture where that is offered: its time step is one for each token in place of one for
+    all, so that the transformer is compiled for it apart (FastVideo pipelines/basic/ltx2/stages/ltx2_denoising.py). One
+    step meets all of it; a black picture does.
+    """
+    text = Job(
+        id="warm-up",
+        shape=offer.shape,
+        prompt="a warm-up",
+        seed=menu.seed,
+        steps=menu.steps,
+        guidance=menu.guidance,
+        fps=menu.fps,
+        variant=offer.variant,
+        refine=offer.refine,
+    )
+    if not offer.image:
+        return (text,)
+    return text, replace(text, steps=1, pictures=(Picture(digest=""),))
+
+
+def _sha256(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -96,21 +161,20 @@ class Limits:
     """Whether a media store is configured."""
 
 
-def parse(raw: Mapping[str, Any], job_id: str, menu: Menu, limits: Limits) -> tuple[Job, Delivery]:
-    """Turn a request into a job for a shape of the menu. Raises RequestError; touches nothing."""
+def parse(
+    raw: Mapping[str, Any], job_id: str, menu: Menu, limits: Limits
+) -> tuple[Job, Delivery, tuple[Reference, ...]]:
+    """Turn a request into a job for an offer of the menu, and the pictures that it lacks still.
+
+    Raises RequestError; touches nothing.
+    """
     try:
         request = VideoRequest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RequestError(f"{where}: {first['msg']}") from error
+        raise _invalid(error) from error
+    menu = menu.served_as(request.model)
     nvext = request.nvext or NvExt()
-    # The frontend hands over top-level fields it does not know as extra_args.media_passthrough.
-    unknown = (request.extra_args or {}).get("media_passthrough")
-    if isinstance(unknown, dict) and unknown:
-        raise RequestError(f"unknown field{'s' if len(unknown) > 1 else ''}: {_quote(', '.join(sorted(unknown)))}")
-    if request.input_reference is not None:
-        raise RequestError("input_reference is not supported: this worker makes video from text only")
+    more = _more(request.extra_args)
     prompt = request.prompt.strip()
     if not prompt:
         raise RequestError("prompt is empty")
@@ -123,25 +187,74 @@ def parse(raw: Mapping[str, Any], job_id: str, menu: Menu, limits: Limits) -> tu
     if fps != menu.fps:
         raise RequestError(f"nvext.fps must be {menu.fps}: the audio track's length is part of the compiled shape")
     steps = nvext.num_inference_steps if nvext.num_inference_steps is not None else menu.steps
-    if not 1 <= steps <= MAX_STEPS:
-        raise RequestError(f"nvext.num_inference_steps must be from 1 to {MAX_STEPS}, not {steps}")
+    if not 1 <= steps <= menu.max_steps:
+        raise RequestError(
+            f"nvext.num_inference_steps must be from 1 to {menu.max_steps}, the model's schedule, not {steps}"
+        )
     guidance = nvext.guidance_scale if nvext.guidance_scale is not None else menu.guidance
-    if not math.isclose(guidance, menu.guidance):
+    if menu.max_guidance <= 1 and guidance != menu.guidance:
         raise RequestError(f"nvext.guidance_scale must be {menu.guidance:g}: the model is distilled for it")
+    if not 1 <= guidance <= max(menu.max_guidance, menu.guidance):
+        raise RequestError(f"nvext.guidance_scale must be from 1 to {menu.max_guidance:g}, not {guidance:g}")
     seed = nvext.seed if nvext.seed is not None else menu.seed
     if not 0 <= seed <= MAX_SEED:
         raise RequestError(f"nvext.seed must be from 0 to {MAX_SEED}, not {seed}")
+    shape = _shape(request.size, request.seconds, nvext.num_frames, menu)
+    offer = next(offer for offer in menu.offers if offer.shape == shape)
+    references = _references(request.input_reference, more)
+    if references and not offer.image:
+        with_pictures = [other.shape.key for other in menu.offers if other.image]
+        instead = f"choose {_either(with_pictures)}" if with_pictures else "this worker makes video from text only"
+        raise RequestError(f"{references[0][0]} is not offered for {shape.key}: {instead}")
     job = Job(
         id=job_id,
-        shape=_shape(request.size, request.seconds, nvext.num_frames, menu),
+        shape=shape,
         prompt=prompt,
         negative_prompt=(nvext.negative_prompt or "").strip(),
         seed=seed,
         steps=steps,
-        guidance=menu.guidance,
+        guidance=guidance,
         fps=fps,
+        variant=offer.variant,
+        refine=offer.refine,
     )
-    return job, _delivery(request, limits)
+    return job, _delivery(request, limits), tuple(reference for _, reference in references)
+
+
+def _more(extra_args: Mapping[str, Any] | None) -> More:
+    given = (extra_args or {}).get("media_passthrough")
+    if not isinstance(given, dict):
+        return More()
+    unknown = sorted(str(name) for name in given if name not in More.model_fields)
+    if unknown:
+        raise RequestError(f"unknown field{'s' if len(unknown) > 1 else ''}: {_quote(', '.join(unknown))}")
+    try:
+        return More.model_validate(given)
+    except ValidationError as error:
+        raise _invalid(error) from error
+
+
+def _invalid(error: ValidationError) -> RequestError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return RequestError(f"{where}: {first['msg']}")
+
+
+def _references(first: str | None, more: More) -> list[tuple[str, Reference]]:
+    """The pictures asked for, each with the name of its field."""
+    asked: list[tuple[str, str | None, str, float, Frame]] = [
+        ("input_reference", first, "input_reference_strength", more.input_reference_strength, "first"),
+        ("last_frame_reference", more.last_frame_reference, "last_frame_strength", more.last_frame_strength, "last"),
+    ]
+    found = []
+    for name, text, strength_name, strength, frame in asked:
+        if not 0 < strength <= 1:
+            raise RequestError(f"{strength_name} must be above 0 and at most 1, not {strength:g}")
+        if text is not None:
+            found.append((name, Reference(text, frame, strength)))
+        elif strength != 1:
+            raise RequestError(f"{strength_name} is given, but no {name}")
+    return found
 
 
 def _shape(size: str | None, seconds: int | None, num_frames: int | None, menu: Menu) -> Shape:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ltx2_pool.words.checkpoint import Checkpoint, CheckpointError, Kind
+from ltx2_pool.words.pictures import PictureLimits
 from ltx2_pool.words.recipe import AttentionKernel, Recipe, VideoCodec, VideoPreset, VideoSettings
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
@@ -27,6 +29,12 @@ class Settings(BaseModel):
 
     model: Path = _option(
         None, "LTX2_MODEL", "directory of the LTX-2 checkpoint (Diffusers layout); required", flag="--model"
+    )
+    kind: Kind = _option(
+        "auto",
+        "LTX2_KIND",
+        "what the checkpoint is, where it does not say so itself: distilled or base (default: auto)",
+        flag="--kind",
     )
     shapes: Path = _option(Path("shapes.yaml"), "LTX2_SHAPES", "the menu file", flag="--shapes")
     served_model_name: str | None = _option(
@@ -263,6 +271,22 @@ class Settings(BaseModel):
         ge=1,
         le=100_000,
     )
+    image_hosts: str = _option(
+        "",
+        "LTX2_IMAGE_HOSTS",
+        "hosts that a request's pictures may be fetched from by https:, with commas between; *.example.com is all "
+        "below it (default: none, pictures come in the request as data: URLs)",
+        flag="--image-hosts",
+    )
+    image_max_mb: float = _option(
+        20, "LTX2_IMAGE_MAX_MB", "largest picture accepted, in MB of its file", flag="--image-max-mb", gt=0, le=100
+    )
+    image_max_pixels: int = _option(
+        50_000_000, "LTX2_IMAGE_MAX_PIXELS", "largest picture accepted, in pixels", flag="--image-max-pixels", ge=1024
+    )
+    image_timeout: float = _option(
+        10, "LTX2_IMAGE_TIMEOUT", "seconds to fetch a picture, and again to decode it", flag="--image-timeout", gt=0
+    )
     media_output_fs_url: str | None = _option(
         None,
         "LTX2_MEDIA_OUTPUT_FS_URL",
@@ -331,13 +355,27 @@ class Settings(BaseModel):
             deterministic=self.deterministic,
             attention_kernel=self.attention_kernel,
             quantization="auto" if self.enable_optimizations else None,
+            kind=self.kind,
             video=VideoSettings(codec=self.video_codec, preset=self.video_preset, quality=self.video_quality),
         )
+
+    @property
+    def pictures(self) -> PictureLimits:
+        """What is accepted of a client's pictures."""
+        hosts = tuple(host.strip() for host in self.image_hosts.split(",") if host.strip())
+        return PictureLimits(int(self.image_max_mb * 1e6), self.image_max_pixels, self.image_timeout, hosts)
 
     @property
     def discovery(self) -> str:
         """The discovery backend to use, the default resolved."""
         return self.discovery_backend or ("kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else "file")
+
+    def checkpoint(self) -> Checkpoint:
+        """What the model directory holds. Raises SettingsError when that cannot be served."""
+        try:
+            return Checkpoint.read(self.model, self.kind)
+        except CheckpointError as error:
+            raise SettingsError(str(error)) from error
 
     def check_model(self) -> None:
         """Raise SettingsError when the model directory is no checkpoint."""

@@ -1,15 +1,10 @@
-"""The menu: which shapes are served, with which defaults, and where their compile caches live."""
+"""Shapes, what a process is pinned to, and where its compile cache lives."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
-
-import yaml
 
 SPATIAL_FACTOR = 32
 """Pixels per latent cell of the LTX-2 video VAE, in width and height."""
@@ -55,6 +50,18 @@ class Shape:
     def __str__(self) -> str:
         return self.key
 
+    @property
+    def half(self) -> Shape:
+        """What the first of two stages makes. Raises ValueError when that is not on the model's grid."""
+        grid = 2 * SPATIAL_FACTOR
+        if self.width % grid or self.height % grid:
+            near = f"{max(grid, round(self.width / grid) * grid)}x{max(grid, round(self.height / grid) * grid)}"
+            raise ValueError(
+                f"{self.key} cannot be made in two stages: the first makes half its width and height, so both must be "
+                f"multiples of {grid} (nearest: {near})"
+            )
+        return Shape(self.width // 2, self.height // 2, self.num_frames)
+
     @classmethod
     def parse(cls, key: str) -> Shape:
         """Read a shape key. Raises ValueError when it is not one, or LTX-2 cannot make that shape."""
@@ -94,7 +101,7 @@ class Key:
 
     shape: Shape
     variant: str = ""
-    """Empty for the only one there is."""
+    """The model name that it is offered under; empty for the menu's own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash((self.shape, self.variant)))
@@ -103,141 +110,13 @@ class Key:
         return self._hash  # type: ignore[attr-defined, no-any-return]  # the decision looks keys up all the time
 
     def __str__(self) -> str:
-        return f"{self.shape.key}/{self.variant}" if self.variant else self.shape.key
-
-
-class MenuError(ValueError):
-    """A menu file that cannot be used. The message has the file, the line and the reason."""
-
-
-@dataclass(frozen=True)
-class Menu:
-    """What an operator serves: shapes in the file's order, and the defaults of a request."""
-
-    model: str
-    shapes: tuple[Shape, ...]
-    fps: int = 24
-    steps: int = 5
-    guidance: float = 1.0
-    seed: int = 42
-
-    @property
-    def hash(self) -> str:
-        """First 8 hex digits of the SHA-256 of the sorted shapes: what a baked image and a menu are compared by."""
-        triples = sorted((s.width, s.height, s.num_frames) for s in self.shapes)
-        return hashlib.sha256(json.dumps(triples, separators=(",", ":")).encode()).hexdigest()[:8]
-
-    @property
-    def sizes(self) -> list[str]:
-        """Each size once, in menu order."""
-        return list(dict.fromkeys(shape.size for shape in self.shapes))
-
-    def frames_for(self, width: int, height: int) -> list[int]:
-        """The frame counts that the menu has for a size, in menu order."""
-        return [s.num_frames for s in self.shapes if (s.width, s.height) == (width, height)]
-
-    def get(self, key: str) -> Shape:
-        """The menu's shape with that key. Raises KeyError with the keys that exist."""
-        for shape in self.shapes:
-            if key in (shape.key, shape.key.removesuffix("f")):
-                return shape
-        raise KeyError(f"{key} is not on the menu: {', '.join(s.key for s in self.shapes)}")
-
-    def check_image(self, image_hash: str | None) -> None:
-        """Raise MenuError when the caches baked into this image (``IMAGE_SHAPE_HASH``) are for another menu."""
-        if image_hash and image_hash != self.hash:
-            raise MenuError(
-                f"this image was baked for menu {image_hash} (IMAGE_SHAPE_HASH) but the menu in use is {self.hash}. "
-                "Serve the menu the image was baked for, bake a new image for this one, "
-                "or unset IMAGE_SHAPE_HASH to serve without baked caches (every first video then compiles)."
-            )
-
-    @classmethod
-    def load(cls, path: Path) -> Menu:
-        """Read a menu file. Raises MenuError with file, line and reason for anything that is not as documented."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise MenuError(f"{path}: cannot read the menu: {error}") from error
-        return _MenuReader(path).read(text)
-
-
-_NUMBERS: dict[str, tuple[float, float]] = {
-    "fps": (1, 120),
-    "steps": (1, 50),
-    "guidance": (1, 30),
-    "seed": (0, 2**32 - 1),
-}
-
-
-class _MenuReader:
-    """Walks the YAML nodes rather than the loaded values, because only nodes know their line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def fail(self, node: yaml.Node | None, why: str) -> NoReturn:
-        line = f":{node.start_mark.line + 1}" if node is not None else ""
-        raise MenuError(f"{self.path}{line}: {why}")
-
-    def read(self, text: str) -> Menu:
-        try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.MarkedYAMLError as error:
-            line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise MenuError(f"{self.path}{line}: not YAML: {error.problem}") from error
-        except yaml.YAMLError as error:
-            raise MenuError(f"{self.path}: not YAML: {error}") from error
-        if not isinstance(root, yaml.MappingNode):
-            self.fail(root, "a menu is a mapping with the keys model and shapes")
-        values: dict[str, object] = {}
-        known = ("model", "shapes", *_NUMBERS)
-        for key_node, node in root.value:
-            key = key_node.value
-            if key not in known:
-                self.fail(key_node, f"unknown key {key!r}: a menu has {', '.join(known)}")
-            if key in values:
-                self.fail(key_node, f"{key!r} is given twice")
-            values[key] = self._value(key, node)
-        for key in ("model", "shapes"):
-            if key not in values:
-                self.fail(root, f"{key!r} is missing")
-        return Menu(**values)  # type: ignore[arg-type]
-
-    def _value(self, key: str, node: yaml.Node) -> object:
-        if key == "shapes":
-            return self._shapes(node)
-        value = yaml.safe_load(node.value) if isinstance(node, yaml.ScalarNode) else None
-        if key == "model":
-            if not isinstance(value, str) or not value.strip():
-                self.fail(node, "model must be the name that clients send, for instance ltx2-distilled")
-            return value
-        low, high = _NUMBERS[key]
-        kinds = (int, float) if key == "guidance" else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            self.fail(node, f"{key} must be a{'' if key == 'guidance' else ' whole'} number from {low} to {high}")
-        return float(value) if key == "guidance" else value
-
-    def _shapes(self, node: yaml.Node) -> tuple[Shape, ...]:
-        if not isinstance(node, yaml.SequenceNode) or not node.value:
-            self.fail(node, "shapes must be a list with at least one shape")
-        seen: dict[Shape, int] = {}
-        for item in node.value:
-            if not isinstance(item, yaml.ScalarNode):
-                self.fail(item, "a shape is written WIDTHxHEIGHT@FRAMES, for instance 768x512@121")
-            try:
-                shape = Shape.parse(item.value)
-            except ValueError as error:
-                self.fail(item, str(error))
-            if shape in seen:
-                self.fail(item, f"{shape.key} is on the menu already, in line {seen[shape]}")
-            seen[shape] = item.start_mark.line + 1
-        return tuple(seen)
+        """For labels, logs and directories: the shape key, and behind a + the variant."""
+        return f"{self.shape.key}+{self.variant}" if self.variant else self.shape.key
 
 
 @dataclass(frozen=True)
 class CacheDirs:
-    """Where one shape's compile cache lives: the contract between warm-up (producer) and pool (consumer).
+    """Where one key's compile cache lives: the contract between warm-up (producer) and pool (consumer).
 
     Absolute, whatever is given: inductor's compilers run in other directories.
     """
@@ -248,8 +127,8 @@ class CacheDirs:
         object.__setattr__(self, "root", self.root.absolute())
 
     @classmethod
-    def of(cls, cache_root: Path, shape: Shape) -> CacheDirs:
-        return cls(cache_root / "per-shape" / shape.key)
+    def of(cls, cache_root: Path, key: Key) -> CacheDirs:
+        return cls(cache_root / "per-shape" / str(key))
 
     @property
     def torchinductor(self) -> Path:

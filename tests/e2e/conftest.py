@@ -22,7 +22,8 @@ from ltx2_pool.model import mp4
 from ltx2_pool.model.mp4 import VideoInfo
 from ltx2_pool.tools import stack
 from ltx2_pool.tools.stack import Stack
-from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import CacheDirs, Shape
 from tests.paths import REPOSITORY
 
 WORK = REPOSITORY / ".work"

@@ -24,7 +24,8 @@ from ltx2_pool.tools.bench import fuzz
 from ltx2_pool.words.device import Device
 from ltx2_pool.words.outcomes import JobFailed, NoRoom, Unavailable
 from ltx2_pool.words.recipe import Recipe
-from ltx2_pool.words.shapes import CacheDirs, Key, Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 from tests.paths import REPOSITORY
 
 from .conftest import MENU, A, B, alive, ask, check, family, file_size_limit, in_background, pids, wait

@@ -31,7 +31,8 @@ from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Compiled, Ready
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Key, Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 
 from .conftest import MENU, A, B, C, ask, check, family, pids, wait
 

@@ -33,7 +33,8 @@ from ltx2_pool.words import device, requests
 from ltx2_pool.words.protocol import Ready
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import Key, Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Key, Shape
 from tests.gpu.bake_and_verify import machine
 from tests.paths import REPOSITORY
 

@@ -45,7 +45,8 @@ from ltx2_pool.processes.zygote import ZygoteSpawner
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Key, Menu
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import CacheDirs, Key
 from tests.paths import REPOSITORY
 
 WRITE = "write to a weight"

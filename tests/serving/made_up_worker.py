@@ -16,7 +16,7 @@ from dynamo.runtime import DistributedRuntime
 from ltx2_pool.serving import endpoint, exits
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.words import flags
-from ltx2_pool.words.shapes import Menu
+from ltx2_pool.words.menu import Menu
 from tests.serving.made_up import Counts, MadeUpPool
 
 

@@ -17,7 +17,7 @@ from ltx2_pool.serving.exits import BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.tools.stack import TINY_MENU
 from ltx2_pool.words.settings import Settings
-from ltx2_pool.words.shapes import Menu
+from ltx2_pool.words.menu import Menu
 from tests.serving.made_up import Counts, HangingFileSystem, MadeUpPool, Runtime, until
 
 

@@ -14,7 +14,7 @@ from ltx2_pool.serving.handler import VideoHandler
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.tools.stack import TINY_MENU
 from ltx2_pool.words import requests
-from ltx2_pool.words.shapes import Menu
+from ltx2_pool.words.menu import Menu
 from tests.serving.made_up import CONTENT, FAILURES, Context, Counts, HangingFileSystem, MadeUpPool, collect, until
 
 MENU = Menu.load(TINY_MENU)

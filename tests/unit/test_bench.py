@@ -11,7 +11,7 @@ from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.tools import stack
 from ltx2_pool.tools.bench import advice, image, load
 from ltx2_pool.tools.bench.results import Level, Record, Result
-from ltx2_pool.words.shapes import Menu
+from ltx2_pool.words.menu import Menu
 
 MENU = Menu.load(stack.TINY_MENU)
 A, B, C = MENU.shapes

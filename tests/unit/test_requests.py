@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltx2_pool.words.requests import Limits, RequestError, parse
-from ltx2_pool.words.shapes import Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Shape
 
 MENU = Menu(
     "ltx2",

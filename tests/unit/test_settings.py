@@ -13,7 +13,8 @@ from ltx2_pool.serving.traffic import Traffic, to_prewarm
 from ltx2_pool.tools import stack
 from ltx2_pool.words import flags
 from ltx2_pool.words.settings import Settings, SettingsError
-from ltx2_pool.words.shapes import Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltx2_pool.tools import stack
-from ltx2_pool.words.shapes import CacheDirs, Menu, MenuError, Shape
+from ltx2_pool.words.menu import Menu, MenuError
+from ltx2_pool.words.shapes import CacheDirs, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 

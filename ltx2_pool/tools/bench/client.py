@@ -11,7 +11,8 @@ from typing import Any
 
 import httpx
 
-from ltx2_pool.words.shapes import Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Shape
 
 PROMPTS = (
     "a red fox trots through fresh snow at dawn",

@@ -28,7 +28,8 @@ from rich.table import Column, Table
 
 from ltx2_pool.tools.bench.client import Client
 from ltx2_pool.tools.stack import WORKER, Stack
-from ltx2_pool.words.shapes import CacheDirs, Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import CacheDirs, Shape
 
 WAYS: dict[str, dict[str, str]] = {
     "in-process": {"LTX2_POOL_MODE": "0"},

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from ltx2_pool.tools.stack import Stack
-from ltx2_pool.words.shapes import Menu
+from ltx2_pool.words.menu import Menu
 
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30)
 _ANYTHING = st.recursive(

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from ltx2_pool.tools import contactsheet
 from ltx2_pool.tools.bench.client import Client, Watch
-from ltx2_pool.words.shapes import Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Shape
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from rich.table import Column, Table
 
 from ltx2_pool.tools.bench.client import Client, Sample, Watch
 from ltx2_pool.tools.bench.results import Level, Record, Result
-from ltx2_pool.words.shapes import Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Shape
 
 
 def weights(menu: Menu, mix: str) -> dict[Shape, float]:

@@ -16,7 +16,8 @@ from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words import device, requests
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
-from ltx2_pool.words.shapes import Key, Menu, Shape
+from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Key, Shape
 
 _LIMITS = Limits(max_queue=10_000, max_queue_per_shape=10_000, max_queue_per_user=10_000, job_timeout=600, patience=2)
 _MEMORY = Memory(resident=1 << 30, peak=2 << 30)
