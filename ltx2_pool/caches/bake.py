@@ -14,23 +14,29 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ltx2_pool.caches import manifest as manifests
 from ltx2_pool.caches.manifest import Manifest
 from ltx2_pool.processes.subprocesses import ProcessHost
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.outcomes import JobFailed, ProcessLost
+from ltx2_pool.words.pictures import Picture, Size
 from ltx2_pool.words.protocol import Compiled, Done, Memory
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.menu import Menu
-from ltx2_pool.words.shapes import CacheDirs, Key, Shape
+from ltx2_pool.words.shapes import CacheDirs, Key
 
 PROMPT = "a paper lantern drifts over still water at dusk, its light doubled in the surface"
 """What every bake and every verification makes a video of."""
+
+PICTURE = "the picture of every bake"
+"""In place of a digest, in the jobs of a bake: it is always the same."""
 
 OnState = Callable[[str], None]
 """Told what is happening to a shape: starting, cold video, hot video, first video, ..."""
@@ -45,6 +51,7 @@ class Report:
     """What was measured for one shape, by a bake or by a verification."""
 
     shape: str
+    """The key."""
     ok: bool = False
     problems: list[str] = field(default_factory=list)
     ready_s: float = 0.0
@@ -53,6 +60,9 @@ class Report:
     """Seconds of the first video: cold in a bake, baked in a verification."""
     hot_s: float = 0.0
     """Seconds of the faster of two hot videos."""
+    picture_first_s: float = 0.0
+    """As `first_s`, of the first video that starts from a picture; 0 where none may."""
+    picture_hot_s: float = 0.0
     compiled: dict[str, int] = field(default_factory=dict)
     """Cache look-ups of the first video (protocol.Compiled)."""
     files: int = 0
@@ -62,6 +72,7 @@ class Report:
     attention_kernels: list[str] = field(default_factory=list)
     """Of torch's attention operators, those that the compiled code calls (manifest.attention_kernels)."""
     video_sha256: str = ""
+    picture_video_sha256: str = ""
     same_video: bool | None = None
     """Whether the videos are the same, byte for byte: the bake's two, or the verification's and the bake's."""
 
@@ -92,7 +103,7 @@ def lock(cache_root: Path) -> Iterator[None]:
 
 
 class Baker:
-    """Bakes and verifies the shapes of one menu for one recipe below one cache root."""
+    """Bakes and verifies what is on one menu, below one cache root. `recipe` is what all of it has in common."""
 
     def __init__(self, menu: Menu, recipe: Recipe, cache_root: Path, host: ProcessHost) -> None:
         self._menu = menu
@@ -111,31 +122,43 @@ class Baker:
         finally:
             await self._host.close()
 
-    def state(self, shape: Shape) -> list[manifests.Mismatch]:
-        """How the shape's cache differs from what a bake would be bound to now; empty when it is baked."""
-        return manifests.inspect(CacheDirs.of(self._cache_root, shape), manifests.binding(self._recipe, shape))
+    def state(self, key: Key) -> list[manifests.Mismatch]:
+        """How the key's cache differs from what a bake would be bound to now; empty when it is baked."""
+        return manifests.inspect(CacheDirs.of(self._cache_root, key), self._binding(key))
 
-    async def bake(self, shape: Shape, on_state: OnState) -> Report:
-        """Bake one shape, replacing what is there. Never raises for the shape's own failure: see `Report.problems`."""
-        final = CacheDirs.of(self._cache_root, shape)
-        partial = CacheDirs(final.root.with_name(f".{shape.key}.baking-{os.getpid()}"))
-        report = Report(shape.key)
+    def _binding(self, key: Key) -> manifests.Binding:
+        return manifests.binding(self._recipe, self._menu.offer(key))
+
+    async def bake(self, key: Key, on_state: OnState) -> Report:
+        """Bake one key, replacing what is there. Never raises for the key's own failure: see `Report.problems`."""
+        final = CacheDirs.of(self._cache_root, key)
+        partial = CacheDirs(final.root.with_name(f".{key}.baking-{os.getpid()}"))
+        report = Report(str(key))
         try:
             for directory in (partial.torchinductor, partial.triton):
                 directory.mkdir(parents=True)
-            job = self._job(shape)
-            async with self._process(shape, partial, report, on_state) as make:
+            job = self._job(key)
+            async with self._process(key, partial, report, on_state) as make:
                 on_state("cold video")
                 report.first_s, first, done = await make(job)
                 report.compiled = done.compiled.model_dump()
                 on_state("hot video")
-                report.hot_s, second, done = await make(job)
+                report.hot_s, second, again = await make(job)
                 report.hot_s = min(report.hot_s, (await make(job))[0])
-                if done.compiled != Compiled():
-                    report.problems.append("the second video compiled again: the shape does not get hot")
-                report.memory = done.memory
-                report.video_sha256 = first
+                report.video_sha256, report.memory = first, _larger(done.memory, again.memory)
+                hot = again.compiled == Compiled()
                 report.same_video = first == second
+                if self._menu.offer(key).image:
+                    on_state("cold video from a picture")
+                    report.picture_first_s, first, done = await make(_from_picture(job))
+                    on_state("hot video from a picture")
+                    report.picture_hot_s, second, again = await make(_from_picture(job))
+                    report.picture_video_sha256 = first
+                    report.memory = _larger(report.memory, done.memory, again.memory)
+                    hot = hot and again.compiled == Compiled()
+                    report.same_video = report.same_video and first == second
+                if not hot:
+                    report.problems.append("the second video compiled again: the shape does not get hot")
                 if not report.same_video:
                     report.problems.append("two videos of one process differ: the recipe is not deterministic")
             files = manifests.list_files(partial)
@@ -149,14 +172,17 @@ class Baker:
             manifests.write(
                 partial,
                 Manifest(
-                    binding=manifests.binding(self._recipe, shape),
+                    binding=self._binding(key),
                     baked_at=manifests.now(),
                     ready_s=report.ready_s,
                     cold_s=report.first_s,
                     hot_s=report.hot_s,
                     job={name: getattr(job, name) for name in ("prompt", "seed", "steps", "guidance", "fps")},
                     video_sha256=report.video_sha256,
-                    memory=done.memory,
+                    picture_cold_s=report.picture_first_s,
+                    picture_hot_s=report.picture_hot_s,
+                    picture_video_sha256=report.picture_video_sha256,
+                    memory=report.memory,
                     attention_kernels=report.attention_kernels,
                     files=files,
                 ),
@@ -169,23 +195,23 @@ class Baker:
             shutil.rmtree(partial.root, ignore_errors=True)
         return report
 
-    async def verify(self, shape: Shape, on_state: OnState) -> Report:
-        """Prove that a fresh process on the baked cache compiles nothing and makes the bake's video again."""
-        baked = CacheDirs.of(self._cache_root, shape)
-        report = Report(shape.key)
-        report.problems += [str(mismatch) for mismatch in self.state(shape)]
+    async def verify(self, key: Key, on_state: OnState) -> Report:
+        """Prove that a fresh process on the baked cache compiles nothing and makes the bake's videos again."""
+        baked = CacheDirs.of(self._cache_root, key)
+        report = Report(str(key))
+        report.problems += [str(mismatch) for mismatch in self.state(key)]
         if report.problems:
             return report
         manifest = manifests.read(baked)
         assert manifest is not None
         report.files, report.bytes = len(manifest.files), sum(file.size for file in manifest.files.values())
         with tempfile.TemporaryDirectory(prefix="ltx2-verify-") as scratch:
-            copy = CacheDirs(Path(scratch) / shape.key)
+            copy = CacheDirs(Path(scratch) / str(key))
             shutil.copytree(baked.root, copy.root)
             manifests.relocate(copy, baked.root, copy.root)
             _set_writable(copy.root, False)
             try:
-                await self._verify_copy(shape, copy, manifest, report, on_state)
+                await self._verify_copy(key, copy, manifest, report, on_state)
             except (OSError, JobFailed, ProcessLost) as error:
                 report.problems.append(str(error))
             finally:
@@ -194,19 +220,28 @@ class Baker:
         return report
 
     async def _verify_copy(
-        self, shape: Shape, copy: CacheDirs, manifest: Manifest, report: Report, on_state: OnState
+        self, key: Key, copy: CacheDirs, manifest: Manifest, report: Report, on_state: OnState
     ) -> None:
-        job = self._job(shape, **manifest.job)
-        async with self._process(shape, copy, report, on_state) as make:
+        job = self._job(key, **manifest.job)
+        async with self._process(key, copy, report, on_state) as make:
             on_state("first video")
             report.first_s, report.video_sha256, done = await make(job)
+            firsts = [done.compiled]
             on_state("hot video")
             report.hot_s = min([(await make(job))[0] for _ in range(2)])
-        report.compiled, report.memory = done.compiled.model_dump(), done.memory
+            report.memory = done.memory
+            if self._menu.offer(key).image:
+                on_state("first video from a picture")
+                report.picture_first_s, report.picture_video_sha256, done = await make(_from_picture(job))
+                firsts.append(done.compiled)
+                on_state("hot video from a picture")
+                report.picture_hot_s, _, again = await make(_from_picture(job))
+                report.memory = _larger(report.memory, done.memory, again.memory)
+        report.compiled = {name: sum(getattr(compiled, name) for compiled in firsts) for name in Compiled.model_fields}
         for name, count in report.compiled.items():
             if count and not name.endswith("hits"):
                 report.problems.append(f"{count} {name.replace('_', ' ')} in the compile cache")
-        if self._recipe.compile and not done.compiled.graph_hits + done.compiled.autograd_hits:
+        if self._recipe.compile and not all(made.graph_hits + made.autograd_hits for made in firsts):
             report.problems.append("the compile cache was not used at all")
         found = manifests.list_files(copy)
         report.new_files = sorted(found.keys() - manifest.files.keys())
@@ -218,13 +253,16 @@ class Baker:
             report.problems.append(
                 f"other attention kernels: baked {manifest.attention_kernels}, run {report.attention_kernels}"
             )
-        report.same_video = report.video_sha256 == manifest.video_sha256
-        if not report.same_video:
-            report.problems.append(
-                f"another video: baked sha256 {manifest.video_sha256[:12]}, made {report.video_sha256[:12]}"
-            )
+        videos = (
+            ("another video", manifest.video_sha256, report.video_sha256),
+            ("another video from a picture", manifest.picture_video_sha256, report.picture_video_sha256),
+        )
+        report.same_video = all(baked == made for _, baked, made in videos)
+        for what, baked, made in videos:
+            if baked != made:
+                report.problems.append(f"{what}: baked sha256 {baked[:12]}, made {made[:12]}")
 
-    def _job(self, shape: Shape, **parameters: Any) -> Job:
+    def _job(self, key: Key, **parameters: Any) -> Job:
         defaults = {
             "prompt": PROMPT,
             "seed": self._menu.seed,
@@ -232,14 +270,16 @@ class Baker:
             "guidance": self._menu.guidance,
             "fps": self._menu.fps,
         }
-        return Job(id="", shape=shape, **{**defaults, **parameters})
+        offer = self._menu.offer(key)
+        return Job(id="", shape=key.shape, variant=key.variant, refine=offer.refine, **{**defaults, **parameters})
 
     @contextlib.asynccontextmanager
     async def _process(
-        self, shape: Shape, cache: CacheDirs, report: Report, on_state: OnState
+        self, key: Key, cache: CacheDirs, report: Report, on_state: OnState
     ) -> AsyncIterator[Callable[[Job], Any]]:
         """A fresh shape process on that cache; yields a function that makes a video and returns what it took."""
-        process = self._host.process(Key(shape))
+        process = self._host.process(key)
+        picture = _picture(self._menu.offer(key).picture_sizes)
         with tempfile.TemporaryDirectory(prefix="ltx2-warmup-") as output_dir:
 
             async def make(template: Job) -> tuple[float, str, Done]:
@@ -247,7 +287,8 @@ class Baker:
                 path = Path(output_dir) / f"{job.id}.mp4"
                 path.touch(0o600, exist_ok=False)
                 began = time.monotonic()
-                done = await process.generate(job, path, lambda _event: None)
+                pixels = [picture] if job.pictures else []
+                done = await process.generate(job, path, lambda _event: None, pixels)
                 seconds = time.monotonic() - began
                 return seconds, hashlib.sha256(path.read_bytes()).hexdigest(), done
 
@@ -256,12 +297,32 @@ class Baker:
                 await self._host.prepare()
                 on_state("starting")
                 began = time.monotonic()
-                await self._host.start_process(process, None, cache)
+                await self._host.start_process(process, (), cache)
                 report.ready_s = time.monotonic() - began
                 yield make
             finally:
+                os.close(picture)
                 process.kill()
                 await process.exited()
+
+
+def _from_picture(job: Job) -> Job:
+    return replace(job, pictures=(Picture(digest=PICTURE),))
+
+
+def _picture(sizes: Sequence[Size]) -> int:
+    """A descriptor of the picture that every bake and every verification starts a video from: colours that run into
+    each other."""
+    descriptor = os.memfd_create("ltx2-bake-picture", os.MFD_CLOEXEC)
+    for width, height in sizes:
+        down, across = np.mgrid[0:height, 0:width]
+        red, green = across * 255 // width, down * 255 // height
+        os.write(descriptor, np.stack([red, green, 255 - red], axis=-1).astype(np.uint8).tobytes())
+    return descriptor
+
+
+def _larger(*memories: Memory) -> Memory:
+    return max(memories, key=lambda memory: memory.peak)
 
 
 def _replace(new: Path, final: Path) -> None:

@@ -83,6 +83,10 @@ class Manifest(BaseModel):
     job: dict[str, Any]
     """The parameters of the video that was baked with: prompt, seed, steps, guidance, fps."""
     video_sha256: str
+    picture_cold_s: float = 0.0
+    """Of the first video that starts from a picture; 0 where none may."""
+    picture_hot_s: float = 0.0
+    picture_video_sha256: str = ""
     memory: Memory
     """What a process of this shape needs for itself."""
     attention_kernels: list[str]
@@ -128,6 +132,16 @@ def binding(recipe: Recipe, offer: Offer, on: Device | None = None) -> Binding:
         **recipe.model_dump(exclude={"model_path", "video"}),
         model_config_digest=_config_digest(recipe.model_path),
     )
+
+
+def recipe_digest(recipe: Recipe, offer: Offer, on: Device | None = None) -> str:
+    """16 hex digits that two workers share when they make the same bytes of the same request and weights.
+
+    Of what a cache is bound to, and of how frames are encoded. The weights themselves are in no digest: reading them
+    takes minutes. Raises as :func:`binding`.
+    """
+    content = binding(recipe, offer, on).model_dump_json() + recipe.video.model_dump_json()
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def read(cache: CacheDirs) -> Manifest | None:

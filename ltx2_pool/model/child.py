@@ -3,7 +3,8 @@
 Started as ``python -m ltx2_pool.model.child FD [FD...]``, or forked from the zygote, with the environment of
 :meth:`ltx2_pool.words.recipe.Recipe.environment` already set. The first message on the Connection, the first
 descriptor, says whether this becomes a shape process or the weights process. A shape process has the memory for its
-jobs' pictures as well; the last descriptor leads from one to the other. stdout and stderr are diagnostics: nothing that a library prints can touch the protocol.
+jobs' pictures as well; the last descriptor leads from one to the other. stdout and stderr are diagnostics: nothing that
+a library prints can touch the protocol.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ltx2_pool.model.confine import confine_to_cache as confine_to_cache
 from ltx2_pool.words import protocol
+from ltx2_pool.words.pictures import pixel_bytes
 from ltx2_pool.words.protocol import (
     PING_INTERVAL,
     Assign,
@@ -42,7 +44,6 @@ from ltx2_pool.words.protocol import (
     Ready,
     Step,
 )
-from ltx2_pool.words.pictures import pixel_bytes
 from ltx2_pool.words.recipe import VideoSettings
 
 if TYPE_CHECKING:

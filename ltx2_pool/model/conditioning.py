@@ -8,7 +8,7 @@ ltx2_image_conditioning.py: load_ltx2_conditioning_image), from -1 to 1.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Buffer, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ def images(job: Job) -> list[tuple[str, int, float]] | None:
 
 
 @contextlib.contextmanager
-def given(pixels: Sequence[Buffer], sizes: Sequence[Size]) -> Iterator[None]:
+def given(pixels: Sequence[memoryview], sizes: Sequence[Size]) -> Iterator[None]:
     """Inside, FastVideo finds these pictures: RGB, height by width, once at each of the sizes."""
 
     def load(

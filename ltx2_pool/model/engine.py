@@ -12,7 +12,7 @@ import itertools
 import os
 import platform
 import sys
-from collections.abc import Buffer, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,7 +182,7 @@ class Generator:
         sink: Sink | None = None,
         on_phase: OnPhase | None = None,
         on_step: OnStep | None = None,
-        pixels: Sequence[Buffer] = (),
+        pixels: Sequence[memoryview] = (),
     ) -> None:
         """Make one video. The sink has all of it, and the device is idle, when this returns; None throws it away.
 
@@ -248,7 +248,7 @@ class Generator:
 
 
 def refine_sigmas(steps: int) -> list[float]:
-    """The second stage's schedule, as FastVideo has it (pipelines/basic/ltx2/ltx2_pipeline.py: create_pipeline_stages)."""
+    """The second stage's schedule, as FastVideo has it (pipelines/basic/ltx2/ltx2_pipeline.py)."""
     three = list(STAGE_2_DISTILLED_SIGMA_VALUES)
     return three if steps == 3 else [three[0], *three[2:]]
 

@@ -28,5 +28,5 @@ def fields(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
     found["negative_prompt"] = job.negative_prompt or preset["negative_prompt"]
     for name in ("ltx2_stg_blocks_video", "ltx2_stg_blocks_audio"):
         # The preset names a block of the real model's 48: a smaller one has the block at the same depth.
-        found[name] = [block if block < checkpoint.layers else block * checkpoint.layers // 48 for block in preset[name]]
+        found[name] = [b if b < checkpoint.layers else b * checkpoint.layers // 48 for b in preset[name]]
     return found

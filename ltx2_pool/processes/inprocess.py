@@ -229,7 +229,7 @@ class InProcess(Process):
             loop.call_soon_threadsafe(deliver, event)
 
         # Mapped now: whoever has the descriptors may close them when nobody waits for this any more.
-        mapped = [mmap.mmap(picture, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) for picture in pixels]
+        mapped = [memoryview(mmap.mmap(each, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)) for each in pixels]
         making = asyncio.create_task(self._host.in_thread(self._make, job, output, tell, mapped))
         overdue = asyncio.create_task(self._overdue.wait())
         try:
@@ -266,7 +266,7 @@ class InProcess(Process):
         self.jobs_done += 1
         return done
 
-    def _make(self, job: Job, output: Path, tell: OnEvent, pixels: Sequence[mmap.mmap]) -> Done:
+    def _make(self, job: Job, output: Path, tell: OnEvent, pixels: Sequence[memoryview]) -> Done:
         """Runs in the thread."""
         from ltx2_pool.model import engine, mp4
 

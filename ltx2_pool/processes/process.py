@@ -116,8 +116,8 @@ class ChildProcess:
     ) -> FromChild:
         """Spawn the child, send it its first message, and return its answer.
 
-        `inherited` are descriptors that it gets besides its Connection. Raises ProcessLost and nothing else; the child is
-        then gone. Cancelling the task ends it.
+        `inherited` are descriptors that it gets besides its Connection. Raises ProcessLost and nothing else; the child
+        is then gone. Cancelling the task ends it.
         """
         if not self.alive:
             raise await self.loss()

@@ -16,8 +16,8 @@ from ltx2_pool.processes.slate import Slate
 from ltx2_pool.processes.spawner import Spawner
 from ltx2_pool.processes.weights import WeightsProcess
 from ltx2_pool.words.outcomes import JobFailed, OnEvent, ProcessLost, Reason
-from ltx2_pool.words.protocol import Assign, Cancel, Done, Failed, FromChild, Generate, Phase, Ready, Step
 from ltx2_pool.words.pictures import Size
+from ltx2_pool.words.protocol import Assign, Cancel, Done, Failed, FromChild, Generate, Phase, Ready, Step
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.shapes import CacheDirs, Key

@@ -20,9 +20,9 @@ import uvloop
 
 from ltx2_pool.words import device
 from ltx2_pool.words.extras import extra
+from ltx2_pool.words.menu import Menu, MenuError
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.recipe import Recipe
-from ltx2_pool.words.menu import Menu, MenuError
 from ltx2_pool.words.shapes import Shape
 
 with extra("tools"):

@@ -22,9 +22,9 @@ from ltx2_pool.words import device as devices
 from ltx2_pool.words import flags
 from ltx2_pool.words.device import DeviceError
 from ltx2_pool.words.extras import extra
+from ltx2_pool.words.menu import Menu, MenuError
 from ltx2_pool.words.recipe import RecipeError, VideoSettings
 from ltx2_pool.words.settings import SettingsError
-from ltx2_pool.words.menu import Menu, MenuError
 from ltx2_pool.words.shapes import Key
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from ltx2_pool.words import device as devices
 from ltx2_pool.words import flags
 from ltx2_pool.words.device import Device, DeviceError
 from ltx2_pool.words.extras import extra, missing_for
+from ltx2_pool.words.menu import Menu, MenuError
 from ltx2_pool.words.recipe import RecipeError
 from ltx2_pool.words.settings import Settings, SettingsError
-from ltx2_pool.words.menu import Menu, MenuError
 from ltx2_pool.words.shapes import Key
 
 PROGRAM = "ltx2-worker"
@@ -166,7 +166,8 @@ async def _serve(
         metrics.baked.labels(str(key)).set(key in baked)
     known = assembly.measured(settings, baked)
     pool = assembly.pool(settings, menu, device, run_dir, metrics, prewarm, known)
-    return await endpoint.serve(runtime, pool, menu, settings, metrics, traffic, last_resort)
+    recipes = {offer.key: manifest.recipe_digest(settings.recipe, offer, device) for offer in menu.offers}
+    return await endpoint.serve(runtime, pool, menu, settings, metrics, traffic, last_resort, recipes)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from ltx2_pool.serving.pool import Pool
 from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words import requests
 from ltx2_pool.words.device import Device
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.settings import Settings
-from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import CacheDirs, Key
 
 GIB = 2**30

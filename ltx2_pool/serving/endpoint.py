@@ -8,27 +8,30 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from dynamo.common.utils.namespace import get_worker_namespace
 from dynamo.common.utils.prometheus import register_engine_metrics_callback
-from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 
 from ltx2_pool import __version__
+from ltx2_pool.processes.pictures import PictureReader
 from ltx2_pool.serving.delivery import Deliverer, MediaStore
 from ltx2_pool.serving.descriptors import Descriptors, Exhausted
 from ltx2_pool.serving.exits import BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.handler import Counters, VideoHandler
-from ltx2_pool.serving.presence import Absent, DynamoDirectory, presence
+from ltx2_pool.serving.intake import Intake
+from ltx2_pool.serving.names import Names
+from ltx2_pool.serving.presence import Absent
 from ltx2_pool.serving.threads import Lane
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.words import requests
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.outcomes import OnEvent, Video
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.settings import Settings
-from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.shapes import Key
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class Pool(Protocol):
     async def start(self) -> None:
         """Returns when enough is hot."""
 
-    async def generate(self, job: Job, on_event: OnEvent, user: str = "") -> Video: ...
+    async def generate(self, job: Job, on_event: OnEvent, user: str = "", pixels: Sequence[int] = ()) -> Video: ...
 
     async def close(self, drain_timeout: float = 0) -> None: ...
 
@@ -94,9 +97,14 @@ async def serve(
     metrics: Series,
     traffic: Traffic,
     last_resort: LastResort | None = None,
+    recipes: Mapping[Key, str] | None = None,
 ) -> int:
-    """Register with Dynamo once the pool is ready, serve until a signal or the worst, drain; the exit status."""
-    return await Worker(runtime, pool, menu, settings, metrics, traffic, last_resort or LastResort()).run()
+    """Register with Dynamo once the pool is ready, serve until a signal or the worst, drain; the exit status.
+
+    `recipes`: what the videos of each key say they were made with (`words.requests.Job.recipe`).
+    """
+    last_resort = last_resort or LastResort()
+    return await Worker(runtime, pool, menu, settings, metrics, traffic, last_resort, recipes).run()
 
 
 class Worker:
@@ -111,6 +119,7 @@ class Worker:
         metrics: Series,
         traffic: Traffic,
         last_resort: LastResort,
+        recipes: Mapping[Key, str] | None = None,
     ) -> None:
         self._runtime = runtime
         self._pool = pool
@@ -126,12 +135,23 @@ class Worker:
         limits = requests.Limits(max_prompt_chars=settings.max_prompt_chars, urls=store is not None)
         deliverer = Deliverer(store, settings.delivery_timeout)
         self._descriptors = Descriptors()
+        self._intake = Intake(PictureReader(settings.pictures), settings.pictures)
         self._handler = VideoHandler(
-            pool, menu, self._model, limits, deliverer, metrics, traffic, on_request=self._descriptors.look
+            pool,
+            menu,
+            self._model,
+            limits,
+            deliverer,
+            metrics,
+            traffic,
+            on_request=self._descriptors.look,
+            intake=self._intake,
+            recipes=recipes,
         )
         self._namespace = get_worker_namespace(settings.namespace)
-        self._endpoint = runtime.endpoint(f"{self._namespace}.{settings.component}.{settings.endpoint}")
-        self._presence = presence(DynamoDirectory(self._endpoint, self._register_model), settings.discovery)
+        path = f"{self._namespace}.{settings.component}.{settings.endpoint}"
+        names = [self._model, *menu.models[1:]]
+        self._names = Names(runtime, path, names, str(settings.model), settings.discovery)
         self._ending: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._aborted = asyncio.Event()
         self._serving: asyncio.Future[Any] | None = None
@@ -184,7 +204,7 @@ class Worker:
         """Metrics and status, on Dynamo's system port."""
         self._runtime.register_engine_route("video/status", self._status)
         register_engine_metrics_callback(
-            self._endpoint,
+            self._names.endpoint,
             self._metrics.registry,
             namespace_name=self._namespace,
             component_name=self._settings.component,
@@ -202,21 +222,12 @@ class Worker:
             "version": __version__,
             "model": self._model,
             "menu": self._menu.hash,
-            "shapes": [shape.key for shape in self._menu.shapes],
+            "models": list(self._names.models),
+            "shapes": [str(key) for key in self._menu.keys],
             "traffic": self._traffic.scores(),
             "health": self._pool.health,
             **self._pool.status(),
         }
-
-    async def _register_model(self) -> None:
-        await register_model(
-            ModelInput.Text,
-            ModelType.Videos,
-            self._endpoint,
-            str(self._settings.model),
-            self._model,
-            worker_type=WorkerType.Aggregated,
-        )
 
     async def _until_the_end(self) -> End:
         starting = asyncio.create_task(self._pool.start())
@@ -228,7 +239,7 @@ class Worker:
             await asyncio.wait({starting})
             return end
         await starting
-        registering = asyncio.create_task(self._register_model())
+        registering = asyncio.create_task(self._names.register())
         either: set[asyncio.Future[Any]] = {registering, self._ending}
         await asyncio.wait(either, timeout=REGISTER_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         if not registering.done():
@@ -240,16 +251,12 @@ class Worker:
             return end
         await registering
         # Dynamo lets running handlers finish without a limit; _shut_down sets one.
-        self._serving = asyncio.ensure_future(
-            self._endpoint.serve_endpoint(
-                self._handler.generate, graceful_shutdown=True, metrics_labels=[("model", self._model)]
-            )
-        )
+        self._serving = asyncio.ensure_future(self._names.serve(self._handler.generate))
         self._runtime.set_health_status(True)
         logger.info(
             "serving %s: %d shapes (menu %s) at %s",
-            self._model,
-            len(self._menu.shapes),
+            ", ".join(self._names.models),
+            len(self._menu.offers),
             self._menu.hash,
             self._namespace,
         )
@@ -309,7 +316,7 @@ class Worker:
         """In discovery, and healthy, or out of both: as requests are welcome or not."""
         if not self._welcomes:
             self._runtime.set_health_status(False)
-        await self._presence.want(self._welcomes)
+        await self._names.want(self._welcomes)
         self._runtime.set_health_status(self._welcomes)  # which may have changed meanwhile
 
     @property
@@ -321,7 +328,7 @@ class Worker:
 
     async def _keep_present(self) -> None:
         try:
-            await self._presence.keep()
+            await self._names.keep()
         except Absent as error:
             self._end(End(str(error), LOST, self._settings.drain_timeout))
 
@@ -336,7 +343,7 @@ class Worker:
         if self._serving is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LEAVE_TIMEOUT):
-                    await self._presence.want(False)
+                    await self._names.want(False)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._aborted.wait(), UNREGISTER_GRACE)
         # Ends what serve_endpoint waits for, and nothing that a handler is doing.
@@ -355,6 +362,7 @@ class Worker:
             if left:
                 logger.error("%d requests did not end when they were given up", self._handler.working)
         await closing
+        await self._intake.close()
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(SETTLE):
                 await Lane("save-traffic", 1).run(self._traffic.save)

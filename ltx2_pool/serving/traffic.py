@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ltx2_pool.serving.threads import Lane
-from ltx2_pool.words.settings import SettingsError
 from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.settings import SettingsError
 from ltx2_pool.words.shapes import Key
 
 logger = logging.getLogger(__name__)

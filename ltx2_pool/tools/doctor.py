@@ -23,8 +23,8 @@ from ltx2_pool.tools import terminal
 from ltx2_pool.words import device
 from ltx2_pool.words.device import Device, DeviceError, main_memory
 from ltx2_pool.words.extras import missing_for
-from ltx2_pool.words.settings import Settings, SettingsError
 from ltx2_pool.words.menu import Menu, MenuError
+from ltx2_pool.words.settings import Settings, SettingsError
 
 PACKAGES = ("ai-dynamo", "fastvideo", "torch", "triton", "transformers", "av")
 _GIB = 2**30

@@ -11,10 +11,11 @@ file is absent, and makes it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socket
@@ -65,8 +66,12 @@ class Generator:
         sink: Encoder | None = None,
         on_phase: Callable[[str], None] = lambda _phase: None,
         on_step: Callable[[int, int], None] = lambda _done, _total: None,
+        pixels: Sequence[memoryview] = (),
     ) -> None:
         """As the engine's."""
+        misbehaviour.child.seen = [
+            hashlib.sha256(given).hexdigest() for _, given in zip(job.pictures, pixels, strict=False)
+        ]
         if job.id == "warm-up":
             misbehaviour.start(misbehaviour.child.shape, warm_up=True)
         prompt = misbehaviour.once(job.prompt)
@@ -167,7 +172,7 @@ class WeightsServer:
         self._connection.send_bytes(protocol.encode(message))
 
 
-def serve(connection_fd: int, desk_fd: int | None = None, *, confined: bool = False) -> None:
+def serve(connection_fd: int, *others: int, confined: bool = False) -> None:
     """As the child's, which is always confined."""
     misbehaviour.child.connection_fd = connection_fd
     this = sys.modules[__name__]
@@ -181,13 +186,13 @@ def serve(connection_fd: int, desk_fd: int | None = None, *, confined: bool = Fa
     start = child.ShapeServer._start
 
     def misbehaving(server: child.ShapeServer, assign: protocol.Assign, desk: socket | None) -> Any:
-        shape = misbehaviour.child.shape = assign.shape.key
+        shape = misbehaviour.child.shape = str(assign.key)
         print(f"an imaginary child of {shape} starts", flush=True)
         misbehaviour.start(shape)
         return start(server, assign, desk)
 
     child.ShapeServer._start = misbehaving  # type: ignore[method-assign, assignment]
-    child.serve(connection_fd, desk_fd)
+    child.serve(connection_fd, *others)
 
 
 def main() -> NoReturn:

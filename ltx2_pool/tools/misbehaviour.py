@@ -72,6 +72,8 @@ class Child:
 
     connection_fd: int = -1
     shape: str = ""
+    seen: list[str] = field(default_factory=list)
+    """Digests of the pixels of the job's pictures."""
     memory: Memory = field(default_factory=lambda: Memory(resident=1 << 30, peak=2 << 30))
     """What it says that it holds."""
 
@@ -285,7 +287,7 @@ def encode(job: Job, path: Path) -> None:
         elif word == "link":
             place.symlink_to(rest)
     else:
-        path.write_bytes(f"{job.shape.key} by {os.getpid()}".encode())
+        path.write_bytes(" ".join([job.shape.key, "by", str(os.getpid()), *child.seen]).encode())
     if prompt in ("die when idle", "stop when idle"):
         number = signal.SIGSEGV if prompt == "die when idle" else signal.SIGSTOP
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))

@@ -13,9 +13,9 @@ from ltx2_pool.serving.book import Book
 from ltx2_pool.serving.ledger import Phase
 from ltx2_pool.tools import terminal
 from ltx2_pool.words.device import Device
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.settings import Settings
-from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import CacheDirs, Key
 
 
@@ -57,8 +57,8 @@ def show(settings: Settings, menu: Menu, device: Device, prewarm: Sequence[Key])
             f"{started.index(key) + 1}." if key in started else "on request",
         )
     console.print(table)
-    for key, mismatches in problems.items():
-        console.print(manifest.describe(key, mismatches), style="yellow", soft_wrap=True, highlight=False)
+    for name, mismatches in problems.items():
+        console.print(manifest.describe(name, mismatches), style="yellow", soft_wrap=True, highlight=False)
 
 
 def would_start(

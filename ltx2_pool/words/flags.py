@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ltx2_pool.words.settings import Settings, SettingsError
 
 RECIPE = (
+    "kind",
     "compile",
     "attention_backend",
     "attention_kernel",

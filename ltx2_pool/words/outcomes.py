@@ -111,7 +111,7 @@ class PoolClosed(Rejected):
 
 class QueueFull(Rejected):
     """Too many jobs wait already: in all (queue_full), for this shape (shape_queue_full), of this user
-    (user_queue_full)."""
+    (user_queue_full), or with pictures to decode (picture_queue_full)."""
 
     def __init__(self, reason: str, waiting: int, wait: float) -> None:
         self.reason = reason
@@ -152,6 +152,7 @@ REJECTIONS = (
     "queue_full",
     "shape_queue_full",
     "user_queue_full",
+    "picture_queue_full",
     "unavailable",
     "no_room",
     "poisonous",

@@ -71,9 +71,7 @@ class Recipe(BaseModel):
         quantization = self.quantization
         if offer.optimize is not None:
             quantization = "auto" if offer.optimize else None
-        return self.model_copy(
-            update={"image": offer.image, "refine": offer.refine, "quantization": quantization}
-        )
+        return self.model_copy(update={"image": offer.image, "refine": offer.refine, "quantization": quantization})
 
     def on(self, capability: str) -> Recipe:
         """This recipe with every choice made for a device, by its CUDA compute capability (``9.0``; a CPU: anything

@@ -24,9 +24,9 @@ from rich.table import Table
 
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.tools.bench.faults import STEP, Fault, Target, inflict
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.outcomes import JobFailed, NoRoom, ProcessLost, Rejected, Video
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import Shape
 
 _IN_FLIGHT = 12

@@ -29,7 +29,7 @@ from rich.table import Column, Table
 from ltx2_pool.tools.bench.client import Client
 from ltx2_pool.tools.stack import WORKER, Stack
 from ltx2_pool.words.menu import Menu
-from ltx2_pool.words.shapes import CacheDirs, Shape
+from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 
 WAYS: dict[str, dict[str, str]] = {
     "in-process": {"LTX2_POOL_MODE": "0"},
@@ -60,7 +60,7 @@ def run(
                 root = Path(scratch) / "cache"
                 for shape in menu.shapes[:2]:  # one process makes them all, so it needs what all of them compiled
                     for name in ("torchinductor", "triton"):
-                        source = CacheDirs.of(cache_root, shape).root / name
+                        source = CacheDirs.of(cache_root, Key(shape)).root / name
                         if source.exists():
                             shutil.copytree(source, root / "in-process" / name, dirs_exist_ok=True)
             with Stack(Path(scratch) / "logs", model, shapes_file, root, program=WORKER, **options) as stack:

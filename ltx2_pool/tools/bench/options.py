@@ -11,7 +11,6 @@ from rich.console import Console
 
 from ltx2_pool.tools import stack
 from ltx2_pool.tools.bench import rivals
-from ltx2_pool.words.requests import MAX_STEPS
 from ltx2_pool.words.shapes import Shape
 
 Command = Callable[[argparse.Namespace, Console], int]
@@ -90,7 +89,7 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
         metavar="KEY",
         help="for instance 768x512@121f, on the menu or not; again for another [the menu's first]",
     )
-    stock.add_argument("--steps", type=_steps, metavar="N", help=f"denoise steps, 1 to {MAX_STEPS} [the menu's]")
+    stock.add_argument("--steps", type=_steps, metavar="N", help="denoise steps, 1 to 50 [the menu's]")
     stock.add_argument(
         "--ways",
         nargs="+",
@@ -187,8 +186,8 @@ def _count(text: str) -> int:
 
 
 def _steps(text: str) -> int:
-    if not 1 <= (value := int(text)) <= MAX_STEPS:
-        raise argparse.ArgumentTypeError(f"must be from 1 to {MAX_STEPS}, not {text}")
+    if not 1 <= (value := int(text)) <= 50:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 50, not {text}")
     return value
 
 

@@ -46,7 +46,7 @@ async def run(recipe: Recipe, shape: Shape, cache_root: Path, repeat: int, conso
                     process = host.process(Key(shape))
                     began = time.monotonic()
                     try:
-                        await host.start_process(process, None)
+                        await host.start_process(process)
                         seconds.append(time.monotonic() - began)
                     finally:
                         process.kill()

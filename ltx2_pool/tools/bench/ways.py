@@ -184,7 +184,7 @@ async def _pool(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
             if job.shape not in processes:
                 process = host.process(Key(job.shape))
                 began = time.monotonic()
-                ready = await host.start_process(process, dataclasses.replace(job, id="warm-up"))
+                ready = await host.start_process(process, (dataclasses.replace(job, id="warm-up"),))
                 _say(job.shape.key, {"ready_s": time.monotonic() - began, "trace_s": ready.trace_s})
                 processes[job.shape] = process
                 await video(job, "first_hot_s")

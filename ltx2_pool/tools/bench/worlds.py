@@ -14,9 +14,9 @@ from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words import device, requests
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
-from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import Key, Shape
 
 _LIMITS = Limits(max_queue=10_000, max_queue_per_shape=10_000, max_queue_per_user=10_000, job_timeout=600, patience=2)

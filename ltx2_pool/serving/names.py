@@ -1,0 +1,70 @@
+"""The model names of one worker in Dynamo: registered, served, and kept in discovery together."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
+
+from ltx2_pool.serving.presence import DynamoDirectory, presence
+
+
+class Names:
+    """Each has a Dynamo endpoint of its own: to a second model at one, ai-dynamo 1.6.0 says "model update can only
+    change runtime_config.taints". The first is at `path`, the next ones at that with _1, _2 behind it."""
+
+    def __init__(self, runtime: Any, path: str, models: Sequence[str], source: str, discovery: str) -> None:
+        """`source` is what the models are made from, for Dynamo to show; `discovery` a backend's name."""
+        self.models = tuple(models)
+        self._source = source
+        self._endpoints = {
+            model: runtime.endpoint(f"{path}_{number}" if number else path) for number, model in enumerate(models)
+        }
+        self._presences = [
+            presence(DynamoDirectory(endpoint, functools.partial(self._register, model)), discovery)
+            for model, endpoint in self._endpoints.items()
+        ]
+
+    @property
+    def endpoint(self) -> Any:
+        """The first one's."""
+        return self._endpoints[self.models[0]]
+
+    async def register(self) -> None:
+        """Register the models."""
+        for model in self.models:
+            await self._register(model)
+
+    async def _register(self, model: str) -> None:
+        await register_model(
+            ModelInput.Text,
+            ModelType.Videos,
+            self._endpoints[model],
+            self._source,
+            model,
+            worker_type=WorkerType.Aggregated,
+        )
+
+    async def serve(self, handler: Callable[..., Any]) -> None:
+        """Returns when none is served any longer; running requests may finish. Raises what ends one of them."""
+        serving = [
+            endpoint.serve_endpoint(handler, graceful_shutdown=True, metrics_labels=[("model", model)])
+            for model, endpoint in self._endpoints.items()
+        ]
+        await asyncio.gather(*serving)
+
+    async def want(self, wanted: bool) -> None:
+        """As :meth:`ltx2_pool.serving.presence.Presence.want`."""
+        await asyncio.gather(*(one.want(wanted) for one in self._presences))
+
+    async def keep(self) -> None:
+        """As :meth:`ltx2_pool.serving.presence.Presence.keep`."""
+        keeping = [asyncio.ensure_future(one.keep()) for one in self._presences]
+        try:
+            await asyncio.gather(*keeping)
+        finally:
+            for one in keeping:
+                one.cancel()
