@@ -66,4 +66,4 @@ ENV IMAGE_SHAPE_HASH=${IMAGE_SHAPE_HASH} LTX2_CACHE_POLICY=strict
 COPY --chown=10001:10001 baked/ /cache/
 # Fails the build when the caches were baked for another menu than the one in the image. The hash is data for the program.
 RUN test -n "${IMAGE_SHAPE_HASH}" || { echo "give --build-arg IMAGE_SHAPE_HASH" >&2; exit 1; }; \
-    python -c 'import os; from pathlib import Path; from ltx2_pool.words.shapes import Menu; Menu.load(Path("shapes.yaml")).check_image(os.environ["IMAGE_SHAPE_HASH"])'
+    python -c 'import os; from pathlib import Path; from ltx2_pool.words.menu import Menu; Menu.load(Path("shapes.yaml")).check_image(os.environ["IMAGE_SHAPE_HASH"])'

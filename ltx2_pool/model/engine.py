@@ -7,12 +7,10 @@ warm-up. Import it only after :meth:`ltx2_pool.words.recipe.Recipe.environment` 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
-import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,7 +55,12 @@ from ltx2_pool.model.faults import is_refusal as is_refusal
 from ltx2_pool.model.memory import device_total as device_total
 from ltx2_pool.model.memory import memory as memory
 from ltx2_pool.model.memory import trim_memory as trim_memory
+from ltx2_pool.model.platform import capability as capability
+from ltx2_pool.model.platform import prepare_platform as prepare_platform
 from ltx2_pool.model.wayout import WayOut
+from ltx2_pool.model.weighing import digest as digest
+from ltx2_pool.model.weighing import storages as storages
+from ltx2_pool.model.weighing import torch_modules
 from ltx2_pool.words.checkpoint import Checkpoint, CheckpointError
 from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.protocol import Compiled
@@ -309,7 +312,7 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
         # (transformers/utils/output_capturing.py): its hidden_states would be None.
         with torch.device("meta"):
             type(gemma)(gemma.config)
-    for module in _torch_modules(generator.modules):
+    for module in torch_modules(generator.modules):
         module.requires_grad_(False)  # part of the compile keys, and lent tensors have none
     return generator
 
@@ -317,48 +320,6 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
 def _of_one_transformer(modules: dict[str, Any], name: str) -> dict[str, Any]:
     rest = {other: module for other, module in modules.items() if other.partition("@")[0] != "transformer"}
     return {**rest, "transformer": modules[name]} if name in modules else rest
-
-
-def capability() -> str:
-    """Of this process's device, as :attr:`ltx2_pool.words.device.Device.capability` spells it."""
-    if not torch.cuda.is_available():
-        return platform.machine()
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}"
-
-
-def _torch_modules(modules: Mapping[str, Any]) -> Iterator[torch.nn.Module]:
-    """Those of a pipeline that have weights, and what FastVideo hides in them (Gemma, inside the text encoder)."""
-    for module in modules.values():
-        if isinstance(module, torch.nn.Module):
-            yield module
-            gemma = getattr(module, "_gemma_model", None)
-            if gemma is not None:
-                yield gemma
-
-
-def storages(modules: Mapping[str, Any]) -> Iterator[torch.UntypedStorage]:
-    """The memory of all parameters and buffers, each once."""
-    seen = set()
-    for module in _torch_modules(modules):
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                yield storage
-
-
-def digest(modules: Mapping[str, Any]) -> str:
-    """A checksum of every byte of the weights, made where they are."""
-    total = hashlib.sha256()
-    for storage in storages(modules):
-        octets = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        for begin in range(0, octets.numel(), 1 << 26):
-            part = octets[begin : begin + (1 << 26)].to(torch.int64)
-            # Order matters: a sum alone would not see two bytes that changed places.
-            weights = torch.arange(part.numel(), device=part.device) % 65521 + 1
-            total.update(int((part * weights).sum()).to_bytes(16, "little", signed=True))
-    return total.hexdigest()
 
 
 def seconds_compiling() -> float:
@@ -418,31 +379,3 @@ class _step_hook:
 
 def _no_progress_bar(iterable: Iterable[int]) -> Iterable[int]:
     return iterable
-
-
-def prepare_platform() -> None:
-    """Let FastVideo 0.2.1 run LTX-2 on a machine without a GPU (its CPU platform is unfinished)."""
-    if torch.cuda.is_available():
-        return
-    import fastvideo.distributed.parallel_state as parallel_state
-    import torch._inductor.config as inductor_config
-    import torch._inductor.cpu_vec_isa as cpu_vec_isa
-    from fastvideo.platforms.cpu import CpuPlatform
-
-    def sdpa(cls: type, selected_backend: Any, head_size: int, dtype: torch.dtype) -> str:
-        return "fastvideo.attention.backends.sdpa.SDPABackend"
-
-    def unified_memory(cls: type, device_id: int = 0) -> bool:
-        return True  # turns every offload flag off (fastvideo_args.py: finalize_device_offload_policy)
-
-    def cpu_device() -> torch.device:
-        return torch.device("cpu")
-
-    CpuPlatform.get_attn_backend_cls = classmethod(sdpa)
-    CpuPlatform.has_unified_memory = classmethod(unified_memory)
-    # It answers "mps" on anything that is neither CUDA nor NPU, and some forty modules hold it by name.
-    parallel_state.get_local_torch_device.__code__ = cpu_device.__code__
-    # Inductor probes the vector ISA with subprocesses that each import torch (torch/_inductor/cpu_vec_isa.py: about
-    # 20 s here). Naming avx2 leaves nothing to probe and keeps a baked cache portable between x86-64 hosts.
-    inductor_config.cpp.vec_isa_ok = True
-    cpu_vec_isa.x86_isa_checker = lambda: ["avx2"]

@@ -22,9 +22,9 @@ from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.tools.bench import fuzz
 from ltx2_pool.words.device import Device
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.outcomes import JobFailed, NoRoom, Unavailable
 from ltx2_pool.words.recipe import Recipe
-from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 from tests.paths import REPOSITORY
 

@@ -27,11 +27,11 @@ from ltx2_pool.processes.shape import ShapeProcess
 from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.tools.stack import Stack
 from ltx2_pool.words import lending, requests
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Compiled, Ready
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 
 from .conftest import MENU, A, B, C, ask, check, family, pids, wait

@@ -30,10 +30,10 @@ from ltx2_pool.serving.book import Book
 from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.words import device, requests
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.protocol import Ready
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import Key, Shape
 from tests.gpu.bake_and_verify import machine
 from tests.paths import REPOSITORY

@@ -42,10 +42,10 @@ from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.shape import ShapeProcess
 from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.processes.zygote import ZygoteSpawner
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import CacheDirs, Key
 from tests.paths import REPOSITORY
 

@@ -31,8 +31,8 @@ import psutil
 from ltx2_pool.model import mp4
 from ltx2_pool.tools import contactsheet
 from ltx2_pool.tools.stack import Stack, StackError
-from ltx2_pool.words.requests import MAX_SEED
 from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.requests import MAX_SEED
 from ltx2_pool.words.shapes import Shape
 from tests.e2e.conftest import BENCHMARK, WARMUP, ask, pids, wait
 from tests.gpu.bake_and_verify import machine

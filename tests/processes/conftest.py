@@ -96,7 +96,7 @@ class Place:
 
     async def ready(self, key: Key = KEY, warm: bool = False) -> ShapeProcess:
         process = self.host.process(key)
-        await self.host.start_process(process, warm_up() if warm else None)
+        await self.host.start_process(process, (warm_up(),) if warm else ())
         return process
 
     async def make(self, process: ShapeProcess, prompt: str = "fine") -> tuple[Done, Path]:

@@ -47,7 +47,7 @@ class Counting:
 
 
 async def fail_all(place: Any, keys: list[Key] = KEYS) -> list[ProcessLost]:
-    starting = [place.host.start_process(place.host.process(key), None) for key in keys]
+    starting = [place.host.start_process(place.host.process(key)) for key in keys]
     return await soon(asyncio.gather(*starting, return_exceptions=True))
 
 
@@ -159,7 +159,7 @@ async def test_whoever_waits_for_the_weights_can_be_ended(
     starts(f"weights=gate{door.path}")
     async with make_host(weights="shared") as place:
         process = place.host.process(KEY)
-        starting = asyncio.create_task(place.host.start_process(process, None))
+        starting = asyncio.create_task(place.host.start_process(process))
         other = asyncio.create_task(place.ready(KEYS[1]))
         writer = await door.wait_for_child()
         if verb == "kill":
@@ -180,7 +180,7 @@ async def test_a_host_can_be_closed_while_the_weights_load(
     starts(f"weights=gate{door.path}")
     async with make_host(weights="shared") as place:
         process = place.host.process(KEY)
-        starting = asyncio.create_task(place.host.start_process(process, None))
+        starting = asyncio.create_task(place.host.start_process(process))
         writer = await door.wait_for_child()
         await soon(place.host.close())
         with pytest.raises(ProcessLost):

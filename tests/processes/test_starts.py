@@ -50,7 +50,7 @@ async def test_a_start_that_fails_says_why(make_host: MakeHost, starts: Starts, 
     async with make_host(timeouts) as place:
         process = place.host.process(KEY)
         with pytest.raises(ProcessLost) as caught:
-            await soon(place.host.start_process(process, warm_up()))
+            await soon(place.host.start_process(process, (warm_up(),)))
         lost = caught.value
         assert lost.reason == reason, lost
         assert (lost.reason in SHAPES_OWN_FAULT) == (reason not in ("killed", "system", "silent"))
@@ -78,7 +78,7 @@ async def test_memory_of_a_start_that_had_not_enough(make_host: MakeHost, starts
     async with make_host() as place:
         process = place.host.process(KEY)
         with pytest.raises(ProcessLost) as caught:
-            await place.host.start_process(process, warm_up())
+            await place.host.start_process(process, (warm_up(),))
         assert caught.value.memory == Memory(resident=1 << 30, peak=2 << 30)
 
 
@@ -108,7 +108,7 @@ async def test_what_the_machine_refuses_is_a_failed_start(
                 kill_and_wait(place.host.pids["guard"])
                 patch.setattr(place.host._guard, "start", refuse)
             with pytest.raises(ProcessLost) as caught:
-                await soon(place.host.start_process(process, None))
+                await soon(place.host.start_process(process))
         assert caught.value.reason == ("helper" if what == "guard" else "system")
         assert "Too many open files" in str(caught.value)
         await soon(process.exited())
@@ -132,7 +132,7 @@ async def test_cancelling_a_start_ends_the_process(
     starts(f"{SHAPE.key}=gate{door.path}")
     async with make_host() as place:
         process = place.host.process(KEY)
-        starting = asyncio.create_task(place.host.start_process(process, None))
+        starting = asyncio.create_task(place.host.start_process(process))
         os.close(await door.wait_for_child())
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -149,7 +149,7 @@ async def test_a_process_can_be_ended_while_it_starts(
     starts(f"{SHAPE.key}=gate{door.path}")
     async with make_host() as place:
         process = place.host.process(KEY)
-        starting = asyncio.create_task(place.host.start_process(process, None))
+        starting = asyncio.create_task(place.host.start_process(process))
         writer = await door.wait_for_child()
         if verb == "kill":
             process.kill("weights_lost")
@@ -182,7 +182,7 @@ async def test_a_process_can_be_ended_while_it_is_launched(make_host: MakeHost, 
     spawner = SlowSpawner(imaginary())
     async with make_host(spawner=spawner) as place:
         process = place.host.process(KEY)
-        starting = asyncio.create_task(place.host.start_process(process, None))
+        starting = asyncio.create_task(place.host.start_process(process))
         await soon(spawner.asked.wait())
         if verb == "kill":
             process.kill()
@@ -200,7 +200,7 @@ async def test_a_launch_that_succeeds_as_it_is_cancelled_leaves_no_process(make_
     spawner = SlowSpawner(imaginary())
     async with make_host(spawner=spawner) as place:
         process = place.host.process(KEY)
-        starting = asyncio.create_task(place.host.start_process(process, None))
+        starting = asyncio.create_task(place.host.start_process(process))
         await soon(spawner.asked.wait())
         spawner.allowed.set()
         while process._launching is None or not process._launching.done():  # noqa: ASYNC110
@@ -218,7 +218,7 @@ async def test_a_process_that_was_killed_before_its_start_does_not_start(make_ho
         process.kill()
         assert not process.alive
         with pytest.raises(ProcessLost):
-            await soon(place.host.start_process(process, None))
+            await soon(place.host.start_process(process))
         assert process.pid is None
 
 
@@ -226,7 +226,7 @@ async def test_a_damaged_cache_is_left_alone_and_another_one_used(
     make_host: MakeHost, starts: Starts, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A16: nothing is renamed, which a lower layer of an image does not allow."""
-    cache = CacheDirs.of(tmp_path / "cache", SHAPE)
+    cache = CacheDirs.of(tmp_path / "cache", KEY)
     cache.torchinductor.mkdir(parents=True)
     (cache.torchinductor / "kernel.so").write_text("damaged")
     starts(f"{SHAPE.key}=compile unless empty")
@@ -257,8 +257,8 @@ async def test_a_cache_that_is_not_replaced(make_host: MakeHost, starts: Starts,
         process = place.host.process(KEY)
         cache = CacheDirs(tmp_path / "elsewhere") if why.startswith("a cache") else None
         with pytest.raises(ProcessLost):
-            await place.host.start_process(process, warm_up(), cache)
-        assert place.host._cache_of(KEY) == CacheDirs.of(tmp_path / "cache", SHAPE)
+            await place.host.start_process(process, (warm_up(),), cache)
+        assert place.host._cache_of(KEY) == CacheDirs.of(tmp_path / "cache", KEY)
 
 
 async def test_output_that_somebody_still_holds_does_not_delay_the_end(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ class MadeUpPool:
         self.directory = directory
         self.leave: Callable[[Path], None] = lambda path: path.write_bytes(CONTENT) and None
         self.users: list[str] = []
+        self.pictures: list[Any] = []
+        """Of each job, its pictures and their pixels."""
         self.held: dict[str, asyncio.Future[None]] = {}
         self.cancelled: list[str] = []
         self.steps = asyncio.Event()
@@ -89,8 +92,11 @@ class MadeUpPool:
     async def start(self) -> None:
         await self.ready.wait()
 
-    async def generate(self, job: Job, on_event: OnEvent, user: str = "") -> Video:
+    async def generate(self, job: Job, on_event: OnEvent, user: str = "", pixels: Sequence[int] = ()) -> Video:
         self.users.append(user)
+        self.pictures.append(
+            [(picture, os.pread(fd, 1 << 26, 0)) for picture, fd in zip(job.pictures, pixels, strict=True)]
+        )
         if self.closing:
             raise PoolClosed("the worker is shutting down")
         if job.prompt in FAILURES:

@@ -6,8 +6,8 @@ from ltx2_pool.serving import assembly
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.tools.stack import TINY_MENU
 from ltx2_pool.words.device import CPU
-from ltx2_pool.words.settings import Settings
 from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.settings import Settings
 
 
 def test_the_directory_of_videos_is_there_before_a_process_is_confined_to_what_is_there(tmp_path):

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from dynamo.llm.exceptions import HttpError
 
-from ltx2_pool.serving import endpoint, presence
+from ltx2_pool.serving import endpoint, names, presence
 from ltx2_pool.serving.endpoint import serve
 from ltx2_pool.serving.exits import BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.tools.stack import TINY_MENU
-from ltx2_pool.words.settings import Settings
 from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.settings import Settings
 from tests.serving.made_up import Counts, HangingFileSystem, MadeUpPool, Runtime, until
 
 
@@ -32,7 +32,7 @@ def start(tmp_path, monkeypatch):
     async def register_model(*_, **__):
         pass
 
-    monkeypatch.setattr(endpoint, "register_model", register_model)
+    monkeypatch.setattr(names, "register_model", register_model)
     for name, value in (("interval", 0.01), ("misses", 2), ("give_up", 0.1)):
         monkeypatch.setitem(presence.Presence.__init__.__kwdefaults__, name, value)
     monkeypatch.setattr(presence, "_LOOK", 0.01)
@@ -157,7 +157,7 @@ async def test_a_registration_that_hangs_can_be_stopped_and_is_given_up(start, m
         registering.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(endpoint, "register_model", hang)
+    monkeypatch.setattr(names, "register_model", hang)
     monkeypatch.setattr(LastResort, "arm", lambda _, seconds, status: armed.append((worker.pool.closing, status)))
     if status == LOST:
         monkeypatch.setattr(endpoint, "REGISTER_TIMEOUT", 0.01)
@@ -218,7 +218,7 @@ async def test_unable_while_the_end_of_a_shortage_is_told_is_neither_listed_nor_
         registering.set()
         await answer.wait()
 
-    monkeypatch.setattr(endpoint, "register_model", register_model)
+    monkeypatch.setattr(names, "register_model", register_model)
     shortage.short = True
     await shortage.tell()
     assert (worker.endpoint.listed, worker.runtime.healthy) == (False, False)

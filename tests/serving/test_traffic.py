@@ -13,10 +13,10 @@ import pytest
 
 from ltx2_pool.serving import traffic as traffic_module
 from ltx2_pool.serving.traffic import HALF_LIFE, Traffic
-from ltx2_pool.words.shapes import Shape
+from ltx2_pool.words.shapes import Key, Shape
 from tests.serving.made_up import until
 
-A, B, C = Shape(64, 64, 9), Shape(96, 64, 17), Shape(64, 96, 9)
+A, B, C = Key(Shape(64, 64, 9)), Key(Shape(96, 64, 17)), Key(Shape(64, 96, 9))
 
 
 def test_it_survives_a_restart_and_fades(tmp_path):
@@ -28,13 +28,13 @@ def test_it_survives_a_restart_and_fades(tmp_path):
     first.save()
     now += HALF_LIFE
     second = Traffic(path, clock=lambda: now)
-    assert second.scores() == pytest.approx({B.key: 1.5, C.key: 0.5})
+    assert second.scores() == pytest.approx({str(B): 1.5, str(C): 0.5})
     assert second.top([A, B, C], 2) == [B, C]
     second.count(A)
     second.count(A)
     assert second.top([A, B, C], 3) == [A, B, C]
     now -= 100 * HALF_LIFE  # a clock that is set back makes nothing count more
-    assert second.scores() == pytest.approx({A.key: 2, B.key: 1.5, C.key: 0.5})
+    assert second.scores() == pytest.approx({str(A): 2, str(B): 1.5, str(C): 0.5})
 
 
 def test_two_workers_on_one_cache_root_add_up(tmp_path):
@@ -49,10 +49,10 @@ def test_two_workers_on_one_cache_root_add_up(tmp_path):
         two.save()
     one.count(C)
     one.save()
-    assert one.scores() == Traffic(path, clock=lambda: clock).scores() == {A.key: 2, B.key: 1, C.key: 1}
+    assert one.scores() == Traffic(path, clock=lambda: clock).scores() == {str(A): 2, str(B): 1, str(C): 1}
     two.count(C)
     two.save()
-    assert two.scores() == {A.key: 2, B.key: 1, C.key: 2}
+    assert two.scores() == {str(A): 2, str(B): 1, str(C): 2}
 
 
 def test_what_is_counted_while_the_file_is_written_is_saved_next(tmp_path, monkeypatch):
@@ -62,10 +62,10 @@ def test_what_is_counted_while_the_file_is_written_is_saved_next(tmp_path, monke
     monkeypatch.setattr(os, "fsync", lambda _: traffic.count(A))
     traffic.save()
     monkeypatch.undo()
-    assert traffic.scores() == {A.key: 2}
-    assert Traffic(path, clock=lambda: 1e9).scores() == {A.key: 1}
+    assert traffic.scores() == {str(A): 2}
+    assert Traffic(path, clock=lambda: 1e9).scores() == {str(A): 1}
     traffic.save()
-    assert Traffic(path, clock=lambda: 1e9).scores() == {A.key: 2}
+    assert Traffic(path, clock=lambda: 1e9).scores() == {str(A): 2}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"scores": 3}', '{"scores": {"a": "x"}, "at": 1}', "\0\0\0"])
@@ -77,7 +77,7 @@ def test_a_torn_file_is_no_reason_not_to_start(tmp_path, content, caplog):
     assert "counted from zero" in caplog.text
     traffic.count(A)
     traffic.save()
-    assert json.loads(path.read_text())["scores"].keys() == {A.key}
+    assert json.loads(path.read_text())["scores"].keys() == {str(A)}
     assert {p.name for p in tmp_path.iterdir()} == {"traffic.json", ".traffic.json.lock"}
 
 
@@ -92,7 +92,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [".traffic.json.lock"]
     monkeypatch.undo()
     traffic.save()
-    assert Traffic(tmp_path / "traffic.json").scores().keys() == {A.key}
+    assert Traffic(tmp_path / "traffic.json").scores().keys() == {str(A)}
 
 
 def test_without_a_place_to_write_it_counts_on(tmp_path, caplog):
@@ -114,7 +114,7 @@ def test_a_lock_that_somebody_holds_costs_nothing_but_this_save(tmp_path, monkey
         traffic.save()
         assert not path.exists()
     traffic.save()
-    assert Traffic(path, clock=lambda: 1e9).scores() == {A.key: 1}
+    assert Traffic(path, clock=lambda: 1e9).scores() == {str(A): 1}
 
 
 async def test_it_is_kept_off_the_loop(tmp_path, monkeypatch):

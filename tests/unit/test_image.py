@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ltx2_pool.words.settings import Settings
 from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.settings import Settings
 from tests.image_build import Stage, parse
 from tests.paths import REPOSITORY
 

@@ -10,9 +10,10 @@ import pytest
 
 from ltx2_pool.caches import bake, manifest
 from ltx2_pool.caches.manifest import Binding, Manifest
+from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe, VideoSettings
-from ltx2_pool.words.shapes import CacheDirs, Shape
+from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 
 SHAPE = Shape(64, 64, 9)
 
@@ -28,7 +29,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def cache(tmp_path: Path, recipe: Recipe) -> CacheDirs:
-    dirs = CacheDirs.of(tmp_path / "cache", SHAPE)
+    dirs = CacheDirs.of(tmp_path / "cache", Key(SHAPE))
     for directory, name in ((dirs.torchinductor, "aa/kernel.so"), (dirs.triton, "bb/kernel.cubin")):
         path = directory / name
         path.parent.mkdir(parents=True)
@@ -36,7 +37,7 @@ def cache(tmp_path: Path, recipe: Recipe) -> CacheDirs:
     manifest.write(
         dirs,
         Manifest(
-            binding=manifest.binding(recipe, SHAPE),
+            binding=manifest.binding(recipe, Offer(SHAPE)),
             baked_at=manifest.now(),
             ready_s=1,
             cold_s=2,
@@ -52,12 +53,12 @@ def cache(tmp_path: Path, recipe: Recipe) -> CacheDirs:
 
 
 def found(cache: CacheDirs, recipe: Recipe) -> list[manifest.Mismatch]:
-    return manifest.inspect(cache, manifest.binding(recipe, SHAPE))
+    return manifest.inspect(cache, manifest.binding(recipe, Offer(SHAPE)))
 
 
 def test_a_fresh_bake_is_good(cache, recipe):
     assert found(cache, recipe) == []
-    assert manifest.check(cache.root.parent.parent, recipe, [SHAPE]) == {}
+    assert manifest.check(cache.root.parent.parent, recipe, [Offer(SHAPE)]) == {}
 
 
 @pytest.mark.parametrize("field", Binding.model_fields)

@@ -27,7 +27,7 @@ from ltx2_pool.words.protocol import (
 )
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import Shape
+from ltx2_pool.words.shapes import Key, Shape
 
 SHAPE = Shape(768, 512, 121)
 MEMORY = Memory(resident=1, peak=2)
@@ -37,10 +37,10 @@ JOB = Job("id", SHAPE, 'ein Fuchs 🦊 " \\ \n', 42, 5, 1.0, 24)
 @pytest.mark.parametrize(
     "message",
     [
-        Assign(shape=SHAPE, recipe=Recipe(model_path="/m")),
+        Assign(key=Key(SHAPE), recipe=Recipe(model_path="/m")),
         Generate(job=JOB, output="/o/id.1.mp4"),
         Cancel(job_id="id"),
-        Lend(recipe=Recipe(model_path="/m")),
+        Lend(recipes=(Recipe(model_path="/m"),)),
         Checksum(),
     ],
 )

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx2_pool.words.requests import Limits, RequestError, parse
 from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.requests import Limits, RequestError, parse
 from ltx2_pool.words.shapes import Shape
 
-MENU = Menu(
+MENU = Menu.of(
     "ltx2",
-    tuple(Shape.parse(k) for k in ("768x512@121", "768x512@241", "1280x736@121", "736x1280@121", "1920x1088@121")),
+    map(Shape.parse, ("768x512@121", "768x512@241", "1280x736@121", "736x1280@121", "1920x1088@121")),
 )
 
 
@@ -21,7 +21,7 @@ def ask(limits: Limits | None = None, **fields):
 
 
 def test_the_menu_fills_in_what_is_absent():
-    job, delivery = ask()
+    job, delivery, _ = ask()
     assert (job.shape.key, job.steps, job.guidance, job.fps, job.seed) == ("768x512@121f", 5, 1.0, 24, 42)
     assert not delivery.stream
     assert not delivery.as_url
@@ -123,7 +123,7 @@ FIELDS = [
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON))
 def test_no_body_whatever_raises_anything_but_a_request_error(body):
     try:
-        job, _ = parse(body, "id", MENU, Limits())
+        job, _, _ = parse(body, "id", MENU, Limits())
     except RequestError as error:
         assert str(error)  # noqa: PT017
     else:

@@ -12,8 +12,8 @@ import pytest
 from ltx2_pool.serving.traffic import Traffic, to_prewarm
 from ltx2_pool.tools import stack
 from ltx2_pool.words import flags
-from ltx2_pool.words.settings import Settings, SettingsError
 from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.settings import Settings, SettingsError
 from ltx2_pool.words.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def test_k_follows_the_memory_with_shared_weights_and_is_two_with_private_ones()
 
 def test_what_is_started_ahead():
     menu = Menu.load(stack.TINY_MENU)
-    a, b, c = menu.shapes
+    a, b, c = menu.keys
     traffic = Traffic(None)
     traffic.count(c)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ltx2_pool.tools import stack
 from ltx2_pool.words.menu import Menu, MenuError
-from ltx2_pool.words.shapes import CacheDirs, Shape
+from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,7 +108,7 @@ def test_a_shape_key_reads_back(width, height, blocks):
 
 
 def test_cache_directories_follow_the_contract(tmp_path):
-    dirs = CacheDirs.of(tmp_path, Shape(768, 512, 121))
+    dirs = CacheDirs.of(tmp_path, Key(Shape(768, 512, 121)))
     assert dirs.environment() == {
         "TORCHINDUCTOR_CACHE_DIR": f"{tmp_path}/per-shape/768x512@121f/torchinductor",
         "TRITON_CACHE_DIR": f"{tmp_path}/per-shape/768x512@121f/triton",
@@ -127,6 +127,6 @@ def test_the_parent_never_imports_torch_or_fastvideo():
 def test_a_relative_cache_root_is_the_same_for_compilers_that_run_elsewhere(tmp_path, monkeypatch):
     """g++ said "no such file": inductor gives it names of files in the cache, and another working directory."""
     monkeypatch.chdir(tmp_path)
-    relative, absolute = (CacheDirs.of(root, Shape(64, 64, 9)) for root in (Path("cache"), tmp_path / "cache"))
+    relative, absolute = (CacheDirs.of(root, Key(Shape(64, 64, 9))) for root in (Path("cache"), tmp_path / "cache"))
     assert relative == absolute
     assert relative.environment() == absolute.environment()
