@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ltx2_pool.caches import manifest as manifests
 from ltx2_pool.caches.manifest import Manifest
 from ltx2_pool.processes.subprocesses import ProcessHost
@@ -315,9 +313,12 @@ def _picture(sizes: Sequence[Size]) -> int:
     each other."""
     descriptor = os.memfd_create("ltx2-bake-picture", os.MFD_CLOEXEC)
     for width, height in sizes:
-        down, across = np.mgrid[0:height, 0:width]
-        red, green = across * 255 // width, down * 255 // height
-        os.write(descriptor, np.stack([red, green, 255 - red], axis=-1).astype(np.uint8).tobytes())
+        row = bytearray(3 * width)
+        row[0::3] = bytes(255 * x // width for x in range(width))
+        row[2::3] = bytes(255 - red for red in row[0::3])
+        for y in range(height):
+            row[1::3] = bytes([255 * y // height]) * width
+            os.write(descriptor, row)
     return descriptor
 
 

@@ -59,7 +59,6 @@ def main() -> int:
         parser.error("--jobs and --timeout must be positive")
     try:
         chosen = flags.load(arguments, os.environ)
-        chosen.check_model()
         menu = Menu.load(chosen.shapes, chosen.checkpoint())
         keys = [menu.get(key) for key in arguments.only] if arguments.only else list(menu.keys)
         # The bake's videos are hashed: they are made alike, whatever the operator serves.

@@ -65,11 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int:
-    settings.check_model()
+    Menu.load(settings.shapes).check_image(settings.image_shape_hash)
+    _check_system_port(os.environ.get("DYN_SYSTEM_PORT"))
     checkpoint = settings.checkpoint()
     menu = Menu.load(settings.shapes, checkpoint)
-    menu.check_image(settings.image_shape_hash)
-    _check_system_port(os.environ.get("DYN_SYSTEM_PORT"))
     if settings.media_output_fs_url and (missing := missing_for(settings.media_output_fs_url)):
         raise SettingsError(missing)
     device = devices.visible()[0]

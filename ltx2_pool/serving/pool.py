@@ -104,9 +104,7 @@ class Pool:
         self._publish()
 
     async def generate(self, job: Job, on_event: OnEvent, user: str = "", pixels: Sequence[int] = ()) -> Video:
-        """Make one video; the caller owns its file, and the descriptors of the pictures that it is made from.
-
-        Cancelling the awaiting task cancels the job, wherever it is.
+        """Make one video; the caller owns its file, and `pixels`. Cancelling the awaiting task cancels the job.
 
         Raises a Rejected, JobFailed (the pipeline said no) or ProcessLost (after the last process that it may lose).
         """

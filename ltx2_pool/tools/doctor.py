@@ -59,7 +59,7 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> Iterator[Find
     )
     yield from _devices(environment)
     yield _menu(settings)
-    yield _checked("checkpoint", settings.check_model, str(settings.model), "give --model a Diffusers-layout directory")
+    yield _checked("checkpoint", settings.checkpoint, str(settings.model), "give --model a Diffusers-layout directory")
     yield from _caches(settings)
     free = main_memory()
     yield Finding(
@@ -123,16 +123,24 @@ def _device_memory(what: str, one: Device) -> Finding:
     )
 
 
+def _load_menu(settings: Settings) -> Menu:
+    try:
+        checkpoint = settings.checkpoint()
+    except SettingsError:  # has a line of its own
+        checkpoint = None
+    return Menu.load(settings.shapes, checkpoint)
+
+
 def _menu(settings: Settings) -> Finding:
     try:
-        menu = Menu.load(settings.shapes, settings.checkpoint())
+        menu = _load_menu(settings)
         menu.check_image(settings.image_shape_hash)
-    except (MenuError, SettingsError, OSError) as error:
+    except (MenuError, OSError) as error:
         return Finding("menu", "bad", str(error), "fix that line, or serve the menu that the image was baked for")
     return Finding("menu", "ok", f"{settings.shapes}: {len(menu.offers)} shapes, hash {menu.hash}")
 
 
-def _checked(what: str, check: Callable[[], None], found: str, cure: str) -> Finding:
+def _checked(what: str, check: Callable[[], object], found: str, cure: str) -> Finding:
     try:
         check()
     except (SettingsError, OSError) as error:
@@ -152,9 +160,9 @@ def _caches(settings: Settings) -> Iterator[Finding]:
         "make it writable, with 1 GiB free, unless every shape is baked",
     )
     try:
-        menu = Menu.load(settings.shapes, settings.checkpoint())
+        menu = _load_menu(settings)
         problems = manifest.check(root, settings.recipe, menu.offers)
-    except (MenuError, SettingsError, OSError):
+    except (MenuError, OSError):
         return  # said above
     bad = "bad" if settings.cache_policy == "strict" else "note"
     for key in map(str, menu.keys):

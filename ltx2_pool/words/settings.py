@@ -371,14 +371,7 @@ class Settings(BaseModel):
         return self.discovery_backend or ("kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else "file")
 
     def checkpoint(self) -> Checkpoint:
-        """What the model directory holds. Raises SettingsError when that cannot be served."""
-        try:
-            return Checkpoint.read(self.model, self.kind)
-        except CheckpointError as error:
-            raise SettingsError(str(error)) from error
-
-    def check_model(self) -> None:
-        """Raise SettingsError when the model directory is no checkpoint."""
+        """What the model directory holds. Raises SettingsError when it cannot be served."""
         if not (self.model / "model_index.json").is_file():
             raise SettingsError(
                 f"{self.model} is not a checkpoint: it has no model_index.json. Give --model a directory in the "
@@ -387,6 +380,10 @@ class Settings(BaseModel):
         for path in self.model.rglob("*"):
             if not os.access(path, os.R_OK):
                 raise SettingsError(f"{path} cannot be read by uid {os.geteuid()}: chmod --recursive a+rX {self.model}")
+        try:
+            return Checkpoint.read(self.model, self.kind)
+        except CheckpointError as error:
+            raise SettingsError(str(error)) from error
 
     def make_run_dir(self) -> Path:
         """Create the private directory for videos, mode 0700. Raises OSError."""

@@ -94,9 +94,8 @@ class MadeUpPool:
 
     async def generate(self, job: Job, on_event: OnEvent, user: str = "", pixels: Sequence[int] = ()) -> Video:
         self.users.append(user)
-        self.pictures.append(
-            [(picture, os.pread(fd, 1 << 26, 0)) for picture, fd in zip(job.pictures, pixels, strict=True)]
-        )
+        seen = [os.pread(descriptor, 1 << 26, 0) for descriptor in pixels]
+        self.pictures.append(list(zip(job.pictures, seen, strict=True)))
         if self.closing:
             raise PoolClosed("the worker is shutting down")
         if job.prompt in FAILURES:

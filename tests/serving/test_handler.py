@@ -65,7 +65,7 @@ def hanging():
 async def test_a_video(stage):
     (answer,) = await collect(stage.ask(user="  somebody  "))
     assert (answer["status"], answer["progress"], answer["model"]) == ("completed", 100, "tiny")
-    assert answer["id"].endswith("_64x64@9f")
+    assert answer["id"].endswith("_64x64@9f_seed42_steps2")
     (data,) = answer["data"]
     assert base64.b64decode(data["b64_json"]) == CONTENT
     assert (data["fps"], data["audio_sample_rate"]) == (24, 24000)

@@ -71,7 +71,7 @@ def test_the_shape_that_a_request_means(fields, key):
         ({"seconds": 0}, "not offered"),
         ({"seconds": -5}, "not offered"),
         ({"nvext": {"num_frames": 120}}, "num_frames 120 is not offered for 768x512: choose 121 or 241"),
-        ({"nvext": {"num_inference_steps": 0}}, "from 1 to 50, not 0"),
+        ({"nvext": {"num_inference_steps": 0}}, "from 1 to 50, .*not 0"),
         ({"nvext": {"num_inference_steps": 1000}}, "from 1 to 50"),
         ({"nvext": {"fps": 30}}, "fps must be 24"),
         ({"nvext": {"guidance_scale": 5.0}}, "guidance_scale must be 1"),
@@ -82,7 +82,6 @@ def test_the_shape_that_a_request_means(fields, key):
         ({"response_format": "url"}, "no media store"),
         ({"response_format": "hologram"}, "response_format 'hologram' is unknown"),
         ({"output_format": "avi"}, "output_format 'avi' is not supported"),
-        ({"input_reference": "http://example.com/cat.png"}, "from text only"),
         ({"extra_args": {"media_passthrough": {"sieze": "1x1"}}}, "unknown field: 'sieze'"),
     ],
 )

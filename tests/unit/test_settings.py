@@ -14,7 +14,7 @@ from ltx2_pool.tools import stack
 from ltx2_pool.words import flags
 from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.settings import Settings, SettingsError
-from ltx2_pool.words.shapes import Shape
+from ltx2_pool.words.shapes import Key
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,13 +116,13 @@ def test_what_is_started_ahead():
     traffic = Traffic(None)
     traffic.count(c)
 
-    def prewarm(**environ: str) -> list[Shape]:
+    def prewarm(**environ: str) -> list[Key]:
         return to_prewarm(parse(LTX2_MODEL="/m", **environ).wanted, menu, traffic)
 
     assert prewarm() == prewarm(LTX2_POOL_PREWARM="all") == [c, a, b]
     assert prewarm(LTX2_POOL_WEIGHTS="private") == prewarm(LTX2_POOL_PREWARM="none") == []
     assert prewarm(LTX2_POOL_PREWARM="top:2") == [c, a]
-    assert prewarm(LTX2_POOL_PREWARM=f"{b.key}, {a.key}") == [b, a]
+    assert prewarm(LTX2_POOL_PREWARM=f"{b}, {a}") == [b, a]
     with pytest.raises(SettingsError, match=r"LTX2_POOL_PREWARM.*is not on the menu"):
         prewarm(LTX2_POOL_PREWARM="1x1@1")
     with pytest.raises(SystemExit):

@@ -70,7 +70,7 @@ def test_another_menu_than_the_image_was_baked_for_is_refused(tmp_path):
         ("model: m\nshapes: [1920x1088@241]\n", 2, "32-bit indexing"),
         ("model: m\nshapes:\n  - 64x64@9\n\n  - 64x64@9f\n", 5, "on the menu already, in line 3"),
         ("model: m\nshapes: [64x64]\n", 2, "is not a shape"),
-        ("model: m\nshapes: [{w: 1}]\n", 2, "WIDTHxHEIGHT@FRAMES"),
+        ("model: m\nshapes: [{w: 1}]\n", 2, "unknown key 'w': a shape with options has shape"),
         ("model: m\nshapes: []\n", 2, "at least one shape"),
         ("model: m\nfsp: 24\nshapes: [64x64@9]\n", 2, "unknown key 'fsp'"),
         ("model: m\nmodel: n\nshapes: [64x64@9]\n", 2, "given twice"),
