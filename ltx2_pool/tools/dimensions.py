@@ -30,6 +30,9 @@ class Dimensions:
     audio_vae_multipliers: tuple[int, ...]
     audio_vae_blocks: int
     vocoder_channels: int
+    upsampler_channels: int
+    upsampler_blocks: int
+    """Residual blocks on each side of the upsampling."""
 
 
 TINY = Dimensions(
@@ -51,7 +54,9 @@ TINY = Dimensions(
     vae_blocks=1,
     audio_vae_multipliers=(1, 1, 1),
     audio_vae_blocks=0,
-    vocoder_channels=32,
+    vocoder_channels=64,
+    upsampler_channels=32,
+    upsampler_blocks=1,
 )
 
 
@@ -77,16 +82,6 @@ def large(layers: int, gemma_layers: int) -> Dimensions:
         audio_vae_multipliers=(1, 2, 4),
         audio_vae_blocks=2,
         vocoder_channels=1024,
+        upsampler_channels=512,
+        upsampler_blocks=4,
     )
-
-
-def connector_name(name: str) -> str:
-    """FastVideo's name of a connector weight as the real checkpoint spells it."""
-    for ours, theirs in (
-        ("feature_extractor_linear.aggregate_embed.", "aggregate_embed."),
-        ("audio_embeddings_connector.", "audio_connector."),
-        ("embeddings_connector.", "video_connector."),
-    ):
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name

@@ -208,11 +208,11 @@ class _MenuReader:
                 steps=known.default_steps,
                 guidance=known.default_guidance,
                 max_steps=known.max_steps,
-                max_guidance=known.guidance_range[1],
+                max_guidance=known.max_guidance,
             )
             if (steps := numbers.get("steps", 1)) > known.max_steps:
                 self.fail(nodes["steps"], f"steps {steps}: the schedule of this checkpoint has {known.max_steps}")
-            if not 1 <= numbers.get("guidance", 1) <= known.guidance_range[1]:
+            if not 1 <= numbers.get("guidance", 1) <= known.max_guidance:
                 self.fail(
                     nodes["guidance"], "guidance must be 1: this checkpoint is distilled, and has no use for guidance"
                 )
@@ -254,8 +254,8 @@ class _MenuReader:
         offer = default
         if "image" in nodes:
             offer = replace(offer, image=self._switch("image", nodes["image"]))
-            if offer.image and self.checkpoint is not None and not self.checkpoint.encoder:
-                self.fail(nodes["image"], "the checkpoint cannot see a picture: its VAE has no encoder")
+            if offer.image and self.checkpoint is not None and self.checkpoint.no_image:
+                self.fail(nodes["image"], f"the checkpoint cannot start from a picture: {self.checkpoint.no_image}")
         if "refine" in nodes:
             offer = replace(offer, refine=self._refine(nodes["refine"]))
         return offer
@@ -267,15 +267,15 @@ class _MenuReader:
         steps = self._scalar(said["steps"]) if "steps" in said else None
         if isinstance(steps, bool) or steps not in REFINE_STEPS:
             self.fail(said.get("steps", node), "refine is written {steps: 2} or {steps: 3}")
-        if self.checkpoint is not None and not self.checkpoint.upsampler:
-            self.fail(node, "the checkpoint has no spatial upsampler, which a second stage needs")
+        if self.checkpoint is not None and self.checkpoint.no_refine:
+            self.fail(node, f"the checkpoint cannot make two stages: {self.checkpoint.no_refine}")
         assert isinstance(steps, int)
         return steps
 
     def _offers(self, node: yaml.Node, default: Offer) -> list[Offer]:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             self.fail(node, "shapes must be a list with at least one shape")
-        if self.checkpoint is not None and not self.checkpoint.encoder:
+        if self.checkpoint is not None and self.checkpoint.no_image:
             default = replace(default, image=False)
         seen: dict[Shape, int] = {}
         offers = []
