@@ -34,6 +34,7 @@ _TRIES = 2
 _MAX_MESSAGE = 1 << 16
 _MAX_ERROR = 300
 """Characters of an error that come from where a stranger's picture was decoded."""
+_MISBEHAVED = "the picture could not be decoded: the decoder misbehaved over it; save it again"
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 """The program forks, so it must have no other threads."""
 
@@ -216,7 +217,7 @@ class _Decoder:
             try:
                 fcntl.fcntl(output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
             except OSError as error:  # somebody keeps it mapped to write: who decoded it is not what it was
-                raise PictureError("the picture could not be decoded: the decoder misbehaved over it") from error
+                raise PictureError(_MISBEHAVED) from error
             files.pop_all()
             answer.close()
             return output
@@ -230,14 +231,19 @@ class _Decoder:
                     pass
         except TimeoutError:
             raise _Gone("did not answer") from None
-        verdict = json.loads(message) if message else {}
+        if not message:
+            raise _Gone("died")
+        try:
+            verdict = dict(json.loads(message))
+        except (ValueError, TypeError, RecursionError):  # who decoded it is not what it was
+            raise PictureError(_MISBEHAVED) from None
         if "refused" in verdict:
             raise DecoderLost(f"this machine has no room to decode a picture: {verdict['refused']}")
         if "error" in verdict:
             text = str(verdict["error"])[:_MAX_ERROR]
             raise PictureError("".join(c if c.isascii() and c.isprintable() else "?" for c in text))
         if verdict.get("ok") is not True:
-            raise _Gone("died")
+            raise PictureError(_MISBEHAVED)
 
     async def end(self) -> None:
         """Kill it, and return when nothing of it is left. May be called again."""
