@@ -217,8 +217,8 @@ class VideoHandler:
             except PictureError:
                 self._metrics.rejections.labels("invalid").inc()
                 raise
-            except QueueFull as full:
-                self._metrics.rejections.labels(full.reason).inc()
+            except Rejected as rejected:
+                self._metrics.rejections.labels(rejected.reason).inc()
                 raise
             seconds = time.monotonic() - began
             self._metrics.phase.labels(str(job.key), "pictures").observe(seconds)

@@ -7,9 +7,9 @@ import hashlib
 import os
 from collections.abc import AsyncIterator, Sequence
 
-from ltx2_pool.processes.pictures import PictureReader, PicturesBusy
+from ltx2_pool.processes.pictures import IN_LINE, PictureReader, PicturesBusy
 from ltx2_pool.serving.references import fetch
-from ltx2_pool.words.outcomes import QueueFull
+from ltx2_pool.words.outcomes import NoRoom, QueueFull
 from ltx2_pool.words.pictures import Picture, PictureLimits, Size
 from ltx2_pool.words.requests import Reference
 
@@ -30,7 +30,7 @@ class Intake:
     ) -> AsyncIterator[tuple[tuple[Picture, ...], tuple[int, ...]]]:
         """The pictures, and descriptors of their pixels at those sizes, which are open for as long as this is entered.
 
-        Raises PictureError, and QueueFull when too many wait already.
+        Raises PictureError; QueueFull when too many wait already; NoRoom when this machine has none for it.
         """
         pictures: list[Picture] = []
         held: list[int] = []
@@ -40,7 +40,9 @@ class Intake:
                 try:
                     pixels = await self._reader.read(data, tuple(sizes))
                 except PicturesBusy as busy:
-                    raise QueueFull("picture_queue_full", self._reader.waiting, BUSY_SECONDS) from busy
+                    raise QueueFull("picture_queue_full", IN_LINE, BUSY_SECONDS) from busy
+                except OSError as error:
+                    raise NoRoom(f"pictures cannot be decoded now: {error}") from error
                 descriptors.callback(os.close, pixels)
                 digest = hashlib.sha256(data).hexdigest()
                 pictures.append(Picture(digest, reference.frame, reference.strength))

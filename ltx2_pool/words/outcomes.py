@@ -130,7 +130,8 @@ class Unavailable(Rejected):
 
 
 class NoRoom(Rejected):
-    """The file for the video could not be made: its directory is gone, full or read-only, or descriptors ran out."""
+    """The file for the video could not be made, or a picture not be decoded: a directory is gone, full or read-only,
+    or memory or descriptors ran out."""
 
     reason = "no_room"
 
