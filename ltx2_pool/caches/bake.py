@@ -277,7 +277,7 @@ class Baker:
     ) -> AsyncIterator[Callable[[Job], Any]]:
         """A fresh shape process on that cache; yields a function that makes a video and returns what it took."""
         process = self._host.process(key)
-        picture = _picture(self._menu.offer(key).picture_sizes)
+        given = picture(self._menu.offer(key).picture_sizes)
         with tempfile.TemporaryDirectory(prefix="ltx2-warmup-") as output_dir:
 
             async def make(template: Job) -> tuple[float, str, Done]:
@@ -285,7 +285,7 @@ class Baker:
                 path = Path(output_dir) / f"{job.id}.mp4"
                 path.touch(0o600, exist_ok=False)
                 began = time.monotonic()
-                pixels = [picture] if job.pictures else []
+                pixels = [given] if job.pictures else []
                 done = await process.generate(job, path, lambda _event: None, pixels)
                 seconds = time.monotonic() - began
                 return seconds, hashlib.sha256(path.read_bytes()).hexdigest(), done
@@ -299,7 +299,7 @@ class Baker:
                 report.ready_s = time.monotonic() - began
                 yield make
             finally:
-                os.close(picture)
+                os.close(given)
                 process.kill()
                 await process.exited()
 
@@ -308,7 +308,7 @@ def _from_picture(job: Job) -> Job:
     return replace(job, pictures=(Picture(digest=PICTURE),))
 
 
-def _picture(sizes: Sequence[Size]) -> int:
+def picture(sizes: Sequence[Size]) -> int:
     """A descriptor of the picture that every bake and every verification starts a video from: colours that run into
     each other."""
     descriptor = os.memfd_create("ltx2-bake-picture", os.MFD_CLOEXEC)
