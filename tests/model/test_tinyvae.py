@@ -81,8 +81,7 @@ def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("decode", [decoded, streamed])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("channels", [8, 32])
+@pytest.mark.parametrize(("size", "channels"), [*((size, 8) for size in SIZES), (SIZES[0], 16)])
 def test_a_picture_comes_back_as_the_first_frame(decode, size, channels):
     model, given = vae(channels), picture(*size)
     frames = decode(model, beginning_with(model, given, noise(*size, channels)))
@@ -103,13 +102,12 @@ def test_a_colour_comes_back_as_it_is(colour):
 def test_every_latent_channel_is_decoded_and_comes_back():
     model = vae()
     for channel in range(8):
-        latent = torch.zeros(1, 8, 1, 1, 2).bfloat16()
-        latent[:, channel] = 1
-        # Where softening mixes in too little of the neighbours: two cells alike, and what is left is the size.
-        back = model.encode(model.decode(torch.nn.functional.pad(latent, (0, 0, 0, 1), "replicate"))).mode()
-        mean = back.float().mean(dim=(0, 2, 3, 4))
+        latent = torch.zeros(1, 8, 1, 2, 2).bfloat16()
+        latent[:, channel] = 1  # in every cell; of a difference of quarters the softening leaves a part
+        mean = model.encode(model.decode(latent)).mode().float().mean(dim=(0, 2, 3, 4))
+        print(channel, [round(float(value), 2) for value in mean])
         assert int(mean.argmax()) == channel
-        assert 0.4 < float(mean[channel]) < 1.2
+        assert 0.3 < float(mean[channel]) < 1.1
 
 
 def test_frame_8k_is_made_of_latent_frame_k_alone():
