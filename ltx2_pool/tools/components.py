@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ltx2_pool.tools import tinyvae
 from ltx2_pool.tools.dimensions import Dimensions
 from ltx2_pool.words.checkpoint import Version
 
@@ -89,40 +90,10 @@ def vae(d: Dimensions) -> Part:
     """Encoder and decoder of the pictures."""
     from fastvideo.models.vaes.ltx2vae import LTX2CausalVideoAutoencoder
 
-    encoder: list[Any] = []
-    for name, multiplier in (
-        ("compress_space_res", 2),
-        ("compress_time_res", 2),
-        ("compress_all_res", 1),
-        ("compress_all_res", 1),
-    ):
-        encoder += [["res_x", {"num_layers": 1}], [name, {"multiplier": multiplier}]]
-    residual = ["res_x", {"num_layers": d.vae_blocks, "inject_noise": False}]
-    decoder: list[Any] = []
-    for _ in range(3):  # each doubles time, height and width; the 4x4 patches make up the rest of 32x
-        decoder += [residual, ["compress_all", {"residual": True, "multiplier": 2}]]
     config = {
         "_class_name": "CausalVideoAutoencoder",
         "_diffusers_version": DIFFUSERS,
-        "vae": {
-            "_class_name": "CausalVideoAutoencoder",
-            "dims": 3,
-            "in_channels": 3,
-            "out_channels": 3,
-            "latent_channels": d.latent_channels,
-            "patch_size": 4,
-            "norm_layer": "pixel_norm",
-            "latent_log_var": "uniform",
-            "encoder_blocks": [*encoder, ["res_x", {"num_layers": 1}]],
-            "decoder_blocks": [*decoder, residual],
-            "encoder_spatial_padding_mode": "zeros",
-            "decoder_spatial_padding_mode": "reflect",
-            "causal_decoder": False,
-            "timestep_conditioning": False,
-            "use_quant_conv": False,
-            "scaling_factor": 1.0,
-            "normalize_latent_channels": False,
-        },
+        "vae": tinyvae.config(d.latent_channels, d.vae_blocks),
     }
     return config, LTX2CausalVideoAutoencoder(config).state_dict()
 

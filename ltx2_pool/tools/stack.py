@@ -33,7 +33,7 @@ def checkpoint(work: Path) -> Path:
     """The tiny checkpoint, written once for this version of :mod:`ltx2_pool.tools.tiny`. Raises CalledProcessError."""
     source = b"".join(
         Path(__file__).with_name(name).read_bytes()
-        for name in ("tiny.py", "components.py", "dimensions.py", "tokenizer.py")
+        for name in ("tiny.py", "components.py", "dimensions.py", "tinyvae.py", "tokenizer.py")
     )
     directory = work / f"ltx2-tiny-{hashlib.sha256(source).hexdigest()[:8]}"
     if not directory.exists():

@@ -1,4 +1,4 @@
-"""Writes random-weight LTX-2 checkpoints that FastVideo loads as it loads the real one.
+"""Writes LTX-2 checkpoints that FastVideo loads as it loads the real one: of random weights, but for the VAE.
 
 ``python -m ltx2_pool.tools.tiny DIR`` writes the tiny one that the demo and the tests run on a CPU; ``--size large``
 writes the real model's dimensions, with as many layers as asked for, to measure on a GPU; ``--kind`` and ``--version``
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ltx2_pool.tools import components, tokenizer
+from ltx2_pool.tools import components, tinyvae, tokenizer
 from ltx2_pool.tools.dimensions import TINY, Dimensions, large
 from ltx2_pool.words.checkpoint import Version
 
@@ -104,20 +104,6 @@ class _Writer:
 
         return {name: tensor(name, state[name]).to(torch.bfloat16).cpu().contiguous() for name in sorted(state)}
 
-    def _soft(self, weight: torch.Tensor, of_one: int) -> torch.Tensor:
-        """A convolution [out, in, 3, 3, 3] that blurs: frames are soft colours in motion, nearer to a video than noise.
-
-        `of_one` outputs in a row are the neighbouring pixels that one becomes: all the same.
-        """
-        import torch
-
-        line = torch.tensor([0.25, 0.5, 0.25])
-        blur = torch.einsum("t,y,x->tyx", line, line, line)
-        mix = weight[::of_one].float().sum(dim=(2, 3, 4)).repeat_interleave(of_one, dim=0)
-        if of_one == 8:  # louder than the residual beside it, which is a texture of pixels
-            mix *= 4
-        return (mix[:, :, None, None, None] * blur).to(weight.dtype).contiguous()
-
     def _json(self, name: str, content: dict[str, Any]) -> None:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +123,7 @@ class _Writer:
 
     def _vae(self) -> None:
         config, state = components.vae(self.d)
-        state = self._fill(state)
-        for name in [name for name in state if name.startswith("decoder.") and state[name].dim() == 5]:
-            of_one = 8 if ".up_blocks." in name and ".res_blocks." not in name else 16 if ".conv_out." in name else 1
-            state[name] = self._soft(state[name], of_one)
+        state = tinyvae.weights(self._fill(state))
         # The real file has the statistics once; FastVideo's VAELoader hands them to encoder and decoder.
         prefix = "decoder."
         statistics = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(f"{prefix}per_channel")}
