@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import os
 import sys
@@ -29,9 +30,10 @@ with extra("tools"):
     import httpx
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
+    from rich.table import Table
 
     from ltx2_pool.tools import stack, terminal
-    from ltx2_pool.tools.bench import advice, compare, image, load, options, rivals, stock
+    from ltx2_pool.tools.bench import advice, compare, hostile, image, load, options, rivals, stock
     from ltx2_pool.tools.bench.client import Client, Watch
     from ltx2_pool.tools.bench.results import Level, Result
 
@@ -48,6 +50,8 @@ def main() -> int:
         "spawn": _spawn,
         "chaos": _chaos,
         "fuzz": _fuzz,
+        "kinds": _kinds,
+        "pictures": _pictures,
         "menu-report": _menu_report,
     }
     arguments = options.parser(PROGRAM, __doc__ or "", commands).parse_args()
@@ -281,18 +285,7 @@ def _fuzz(arguments: argparse.Namespace, console: Console) -> int:
     menu = Menu.load(arguments.shapes)
     model = Path(_recipe(arguments, console).model_path)
     with contextlib.ExitStack() as cleanup:
-        logs = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ltx2-fuzz-")))
-        with console.status("starting the frontend and the worker, every shape hot"):
-            running = cleanup.enter_context(
-                stack.Stack(
-                    logs,
-                    model,
-                    arguments.shapes,
-                    _cache_root(arguments),
-                    LTX2_POOL_MODE="1",
-                    LTX2_POOL_READY_MIN=str(len(menu.shapes)),
-                )
-            )
+        running = cleanup.enter_context(_all_hot(arguments, console, model, len(menu.offers)))
         progress = cleanup.enter_context(Progress(console=console))
         bar = progress.add_task("bodies", total=arguments.bodies)
         try:
@@ -304,6 +297,58 @@ def _fuzz(arguments: argparse.Namespace, console: Console) -> int:
         console.print(f"{number:6} answered {code}")
     console.print("0 processes lost")
     return 0
+
+
+def _kinds(arguments: argparse.Namespace, console: Console) -> int:
+    from ltx2_pool.tools.bench import kinds
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with console.status("writing the tiny checkpoints") as status:
+        outcomes = kinds.run(arguments.work, arguments.out, status.update)
+    table = Table("checkpoint", "asked for", "frame to picture dB", "to another dB", "")
+    for outcome in outcomes:
+        near = [f"{psnr:.1f}" if psnr is not None else "" for psnr in (outcome.psnr, outcome.psnr_other)]
+        table.add_row(outcome.checkpoint, outcome.name, *near, "; ".join(outcome.problems) or "[green]good[/]")
+    console.print(table)
+    console.print(f"a look at them: {arguments.out / 'kinds.png'}")
+    return 1 if any(outcome.problems for outcome in outcomes) else 0
+
+
+def _pictures(arguments: argparse.Namespace, console: Console) -> int:
+    from ltx2_pool.tools.bench import pictures
+
+    model = Path(_recipe(arguments, console).model_path)
+    with contextlib.ExitStack() as cleanup:
+        running = cleanup.enter_context(
+            _all_hot(
+                arguments, console, model, len(Menu.load(arguments.shapes).offers), LTX2_IMAGE_HOSTS=hostile.LISTED
+            )
+        )
+        progress = cleanup.enter_context(Progress(console=console))
+        bar = progress.add_task("pictures", total=arguments.count)
+        result = pictures.through(running, arguments.count, arguments.seed, lambda: progress.advance(bar))
+    for reason, number in result["refused"].items():
+        console.print(f"{number:6} refused: {reason}", highlight=False)
+    console.print(f"{result['accepted']:6} became videos, in spite of their damage")
+    for what in result["unexpected"]:
+        console.print(f"[red]{what}[/]")
+    console.print(f"{result['seconds']} s; the worker's memory grew by {result['growth']['worker bytes'] >> 20} MiB")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if result["unexpected"] else 0
+
+
+@contextlib.contextmanager
+def _all_hot(
+    arguments: argparse.Namespace, console: Console, model: Path, offers: int, **settings: str
+) -> Iterator[stack.Stack]:
+    """A frontend and a worker of our own, everything on the menu hot."""
+    with tempfile.TemporaryDirectory(prefix="ltx2-hot-") as logs, contextlib.ExitStack() as cleanup:
+        with console.status("starting the frontend and the worker, every shape hot"):
+            settings = {"LTX2_POOL_MODE": "1", "LTX2_POOL_READY_MIN": str(offers), **settings}
+            running = stack.Stack(Path(logs), model, arguments.shapes, _cache_root(arguments), **settings)
+            cleanup.enter_context(running)
+        yield running
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from ltx2_pool.processes.guard import Guard
+from ltx2_pool.words.menu import Menu
 
 TINY_MENU = Path(__file__).with_name("tiny.yaml")
 """Three shapes that a CPU makes in seconds with the tiny checkpoint."""
@@ -29,17 +30,18 @@ class StackError(Exception):
     """The stack did not come up. The message ends with the log's last lines."""
 
 
-def checkpoint(work: Path) -> Path:
-    """The tiny checkpoint, written once for this version of :mod:`ltx2_pool.tools.tiny`. Raises CalledProcessError."""
+def checkpoint(work: Path, kind: str = "distilled", version: str = "2.0") -> Path:
+    """A tiny checkpoint, written once for this version of :mod:`ltx2_pool.tools.tiny`. Raises CalledProcessError."""
     source = b"".join(
         Path(__file__).with_name(name).read_bytes()
         for name in ("tiny.py", "components.py", "dimensions.py", "tinyvae.py", "tokenizer.py")
     )
-    directory = work / f"ltx2-tiny-{hashlib.sha256(source).hexdigest()[:8]}"
+    name = "ltx2-tiny" if (kind, version) == ("distilled", "2.0") else f"ltx{version}-{kind}-tiny"
+    directory = work / f"{name}-{hashlib.sha256(source).hexdigest()[:8]}"
     if not directory.exists():
         environment = {**os.environ, "FASTVIDEO_LOGGING_LEVEL": "ERROR"}
         subprocess.run(
-            [sys.executable, "-m", "ltx2_pool.tools.tiny", str(directory)],
+            [sys.executable, "-m", "ltx2_pool.tools.tiny", str(directory), "--kind", kind, "--version", version],
             check=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -144,17 +146,18 @@ class Stack:
         return process
 
     def wait_ready(self, timeout: float = 180) -> str:
-        """Wait until the frontend lists the model; returns its name. Raises StackError."""
+        """Wait until the frontend lists the menu's own model; returns its name. Raises StackError."""
+        wanted = Menu.load(Path(self._environment["LTX2_SHAPES"])).model
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             for name, process in (("frontend", self.frontend), ("worker", self.worker)):
                 if process is not None and process.poll() is not None:
                     raise StackError(f"the {name} ended with status {process.returncode}\n{self.log_tail(name)}")
             with contextlib.suppress(httpx.TransportError):
-                models = self.client.get("/v1/models").json().get("data", [])
-                if models:
-                    self.model_name = models[0]["id"]
-                    return self.model_name
+                listed = [model["id"] for model in self.client.get("/v1/models").json().get("data", [])]
+                if wanted in listed:
+                    self.model_name = wanted
+                    return wanted
             time.sleep(_POLL)
         raise StackError(f"no model was registered within {timeout:g} s\n{self.log_tail('worker')}")
 

@@ -121,6 +121,21 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     six.add_argument("--bodies", type=_count, default=10_000, metavar="N", help="[%(default)s]")
     six.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
 
+    kinds = several.add_parser(
+        "kinds", help="pictures, two stages, every kind of checkpoint: tiny ones, and a look at it"
+    )
+    kinds.set_defaults(run=commands["kinds"])
+    kinds.add_argument("--out", type=Path, default=Path("kinds-out"), metavar="DIR", help="[%(default)s]")
+
+    hostile = several.add_parser(
+        "pictures", help="pictures and URLs that were made to break things, through a frontend"
+    )
+    hostile.set_defaults(run=commands["pictures"])
+    _model_options(hostile)
+    hostile.add_argument("--count", type=_count, default=5000, metavar="N", help="[%(default)s]")
+    hostile.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
+    hostile.add_argument("--out", type=Path, metavar="FILE", help="write what became of them as JSON")
+
     seven = several.add_parser("menu-report", help="which shapes earn their memory, from a worker's counters")
     seven.set_defaults(run=commands["menu-report"])
     seven.add_argument(

@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import re
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from ltx2_pool.processes.guard import Guard
 from ltx2_pool.processes.pictures import AT_ONCE, PictureReader
 from ltx2_pool.serving.references import fetch
 from ltx2_pool.tools.bench.hostile import LISTED, Hostile, hostile
+from ltx2_pool.tools.stack import Stack
 from ltx2_pool.words.pictures import PictureError, PictureLimits, pixel_bytes
 
 SIZES = ((768, 512), (384, 256))
+_FLAT = 64 << 20
+"""Bytes that the worker's memory may grow by."""
 _WARM = 0.3
 """Share of the inputs after which memory is measured first: until then, allocators grow."""
 
@@ -113,3 +118,64 @@ def _held(reader: PictureReader) -> dict[str, int]:
         held[f"{name} bytes"] = process.memory_info().rss
         held[f"{name} descriptors"] = process.num_fds()
     return held
+
+
+def through(running: Stack, count: int, seed: int, on_answer: Callable[[], None]) -> dict[str, Any]:
+    """Ask a frontend for so many videos from them, with one step each; says what became of them, as :func:`run`.
+
+    ``unexpected`` must be empty: an answer other than a video or a 400 with a reason, a process of the pool that is
+    another afterwards, or memory that grew with their number.
+    """
+    inputs = hostile(count, seed)
+    refused: Counter[str] = Counter()
+    accepted: list[str] = []
+    unexpected: list[str] = []
+    before_pids = _pids(running)
+    taking = threading.Lock()
+    held: list[int] = []
+
+    def some() -> None:
+        while True:
+            with taking:
+                one = next(inputs, None)
+            if one is None:
+                return
+            answer = running.create(input_reference=one.reference, nvext={"num_inference_steps": 1})
+            text = answer.json().get("message", "") if answer.status_code != 200 else ""
+            if answer.status_code == 200:
+                accepted.append(one.name)
+            elif answer.status_code == 400 and text:
+                refused[re.sub(r"\d+", "N", text)] += 1
+            else:
+                unexpected.append(f"{one.name}: {answer.status_code} {answer.text[:200]}")
+            on_answer()
+            if len(accepted) + sum(refused.values()) == int(count * _WARM):
+                held.append(_worker_bytes(running))
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(2 * AT_ONCE) as threads:
+        for thread in [threads.submit(some) for _ in range(2 * AT_ONCE)]:
+            thread.result()
+    growth = _worker_bytes(running) - held[0] if held else 0
+    if growth > _FLAT:
+        unexpected.append(f"the worker's memory grew by {growth >> 20} MiB")
+    if _pids(running) != before_pids:
+        unexpected.append(f"the pool has other processes: {before_pids}, then {_pids(running)}")
+    return {
+        "inputs": count,
+        "seed": seed,
+        "seconds": round(time.monotonic() - began, 2),
+        "accepted": len(accepted),
+        "refused": dict(refused.most_common()),
+        "unexpected": unexpected,
+        "growth": {"worker bytes": growth},
+    }
+
+
+def _pids(running: Stack) -> dict[str, int]:
+    return {process["shape"]: process["pid"] for process in running.status()["processes"]}
+
+
+def _worker_bytes(running: Stack) -> int:
+    assert running.worker is not None
+    return int(psutil.Process(running.worker.pid).memory_info().rss)
