@@ -21,8 +21,9 @@ from ltx2_pool.tools.bench.hostile import LISTED, Hostile, hostile
 from ltx2_pool.words.pictures import PictureError, PictureLimits, pixel_bytes
 
 SIZES = ((768, 512), (384, 256))
-_WARM = 0.3
-"""Share of the inputs after which memory is measured first: until then, allocators grow."""
+_WARM = 0.5
+"""Share of the inputs after which memory is measured first: until then, allocators grow, and the largest inputs are
+there."""
 
 
 class _Run:
