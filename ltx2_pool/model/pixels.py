@@ -96,7 +96,8 @@ def kind_of(file: bytes) -> Kind:
 def as_video_frame(pixels: Pixels) -> Pixels:
     """The picture as it looks when it has been a frame of a video: that is what the model was trained on.
 
-    An odd last row or column is lost. One thread, so that the same picture always becomes the same bytes.
+    An odd last row or column is lost. One thread: with more, x264 cuts the picture into slices, one for each core, and
+    the same picture becomes other pixels on another machine. So they do in FastVideo; on one core, they are these.
     """
     height, width = (side // 2 * 2 for side in pixels.shape[:2])
     file = io.BytesIO()

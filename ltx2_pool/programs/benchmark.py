@@ -319,11 +319,8 @@ def _pictures(arguments: argparse.Namespace, console: Console) -> int:
 
     model = Path(_recipe(arguments, console).model_path)
     with contextlib.ExitStack() as cleanup:
-        running = cleanup.enter_context(
-            _all_hot(
-                arguments, console, model, len(Menu.load(arguments.shapes).offers), LTX2_IMAGE_HOSTS=hostile.LISTED
-            )
-        )
+        offers = len(Menu.load(arguments.shapes).offers)
+        running = cleanup.enter_context(_all_hot(arguments, console, model, offers, LTX2_IMAGE_HOSTS=hostile.LISTED))
         progress = cleanup.enter_context(Progress(console=console))
         bar = progress.add_task("pictures", total=arguments.count)
         result = pictures.through(running, arguments.count, arguments.seed, lambda: progress.advance(bar))

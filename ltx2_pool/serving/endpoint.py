@@ -239,6 +239,11 @@ class Worker:
             await asyncio.wait({starting})
             return end
         await starting
+        if any(offer.image for offer in self._menu.offers):
+            try:
+                await self._intake.start()
+            except OSError as error:  # it is tried again with each picture
+                logger.error("pictures cannot be decoded now: %s", error)
         registering = asyncio.create_task(self._names.register())
         either: set[asyncio.Future[Any]] = {registering, self._ending}
         await asyncio.wait(either, timeout=REGISTER_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)

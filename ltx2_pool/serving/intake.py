@@ -7,12 +7,14 @@ import hashlib
 import os
 from collections.abc import AsyncIterator, Sequence
 
-from ltx2_pool.processes.pictures import IN_LINE, PictureReader, PicturesBusy
+from ltx2_pool.processes.pictures import PictureReader, PicturesBusy
 from ltx2_pool.serving.references import fetch
 from ltx2_pool.words.outcomes import NoRoom, QueueFull
 from ltx2_pool.words.pictures import Picture, PictureLimits, Size
 from ltx2_pool.words.requests import Reference
 
+AT_ONCE = 32
+"""Requests whose pictures are under way: each holds as many bytes as a picture may have, or two."""
 BUSY_SECONDS = 5.0
 """After how long a client may ask again, when too many pictures wait to be decoded."""
 
@@ -23,6 +25,11 @@ class Intake:
     def __init__(self, reader: PictureReader, limits: PictureLimits) -> None:
         self._reader = reader
         self._limits = limits
+        self._under_way = 0
+
+    async def start(self) -> None:
+        """Have what decodes ready before the first picture comes. Raises OSError."""
+        await self._reader.start()
 
     @contextlib.asynccontextmanager
     async def taken(
@@ -32,22 +39,28 @@ class Intake:
 
         Raises PictureError; QueueFull when too many wait already; NoRoom when this machine has none for it.
         """
-        pictures: list[Picture] = []
-        held: list[int] = []
+        if self._under_way >= AT_ONCE:
+            raise QueueFull("picture_queue_full", self._under_way, BUSY_SECONDS)
         with contextlib.ExitStack() as descriptors:
-            for reference in references:
-                data = await fetch(reference.text, self._limits)
-                try:
-                    pixels = await self._reader.read(data, tuple(sizes))
-                except PicturesBusy as busy:
-                    raise QueueFull("picture_queue_full", IN_LINE, BUSY_SECONDS) from busy
-                except OSError as error:
-                    raise NoRoom(f"pictures cannot be decoded now: {error}") from error
-                descriptors.callback(os.close, pixels)
-                digest = hashlib.sha256(data).hexdigest()
-                pictures.append(Picture(digest, reference.frame, reference.strength))
-                held.append(pixels)
-            yield tuple(pictures), tuple(held)
+            self._under_way += 1
+            try:
+                taken = [await self._take(reference, sizes, descriptors) for reference in references]
+            finally:
+                self._under_way -= 1
+            yield tuple(picture for picture, _ in taken), tuple(pixels for _, pixels in taken)
+
+    async def _take(
+        self, reference: Reference, sizes: Sequence[Size], descriptors: contextlib.ExitStack
+    ) -> tuple[Picture, int]:
+        data = await fetch(reference.text, self._limits)
+        try:
+            pixels = await self._reader.read(data, tuple(sizes))
+        except PicturesBusy as busy:
+            raise QueueFull("picture_queue_full", self._under_way, BUSY_SECONDS) from busy
+        except OSError as error:
+            raise NoRoom(f"pictures cannot be decoded now: {error}") from error
+        descriptors.callback(os.close, pixels)
+        return Picture(hashlib.sha256(data).hexdigest(), reference.frame, reference.strength), pixels
 
     async def close(self) -> None:
         """End what decodes them."""

@@ -75,15 +75,15 @@ async def _held(uri: str, limits: PictureLimits) -> bytes:
         end = cut if cut > start else end  # an escape is not cut in two
         rest += _characters(uri[start:end])
         start = end
-        whole = len(rest) // 4 * 4
-        if whole and padded:
+        whole, rest = rest[: len(rest) // 4 * 4], rest[len(rest) // 4 * 4 :]
+        padding = len(whole) - len(whole.rstrip(b"="))
+        if (whole and padded) or padding > 2:
             raise _malformed()
+        padded = padded or padding > 0
         try:
-            decoded.append(base64.b64decode(rest[:whole], validate=True))
+            decoded.append(base64.b64decode(whole, validate=True))
         except ValueError:
             raise _malformed() from None
-        padded = padded or b"=" in rest[:whole]
-        rest = rest[whole:]
         size += len(decoded[-1])
         if size > limits.max_bytes:
             raise _too_large(limits)

@@ -42,7 +42,7 @@ class PictureLimits:
 
     max_bytes: int = 20 << 20
     """Of the file, as it is sent or fetched."""
-    max_pixels: int = 50_000_000
+    max_pixels: int = 25_000_000
     """Of the picture in it, before it is resized."""
     timeout: float = 10.0
     """Seconds for fetching it, and again for decoding it."""

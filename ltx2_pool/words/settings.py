@@ -282,7 +282,7 @@ class Settings(BaseModel):
         20, "LTX2_IMAGE_MAX_MB", "largest picture accepted, in MB of its file", flag="--image-max-mb", gt=0, le=100
     )
     image_max_pixels: int = _option(
-        50_000_000, "LTX2_IMAGE_MAX_PIXELS", "largest picture accepted, in pixels", flag="--image-max-pixels", ge=1024
+        25_000_000, "LTX2_IMAGE_MAX_PIXELS", "largest picture accepted, in pixels", flag="--image-max-pixels", ge=1024
     )
     image_timeout: float = _option(
         10, "LTX2_IMAGE_TIMEOUT", "seconds to fetch a picture, and again to decode it", flag="--image-timeout", gt=0

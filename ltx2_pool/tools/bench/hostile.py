@@ -35,8 +35,10 @@ def hostile(count: int, seed: int) -> Iterator[Hostile]:
     sound = _sound()
     fixed = [*_files(chance, sound), *_uris(sound), *_urls()]
     chance.shuffle(fixed)
+    rest = count - len(fixed)
     yield from fixed[:count]
-    for number in range(count - len(fixed)):
+    del fixed  # some are large
+    for number in range(rest):
         yield _damaged(number, chance, sound)
 
 
