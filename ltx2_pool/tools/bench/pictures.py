@@ -24,16 +24,11 @@ from ltx2_pool.tools.stack import Stack
 from ltx2_pool.words.pictures import PictureError, PictureLimits, pixel_bytes
 
 SIZES = ((768, 512), (384, 256))
-<<<<<<< HEAD
 _FLAT = 64 << 20
 """Bytes that the worker's memory may grow by."""
-_WARM = 0.3
-"""Share of the inputs after which memory is measured first: until then, allocators grow."""
-=======
 _WARM = 0.5
 """Share of the inputs after which memory is measured first: until then, allocators grow, and the largest inputs are
 there."""
->>>>>>> pictures
 
 
 class _Run:
