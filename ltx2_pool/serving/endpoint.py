@@ -242,8 +242,8 @@ class Worker:
         if any(offer.image for offer in self._menu.offers):
             try:
                 await self._intake.start()
-            except OSError as error:  # it is tried again with each picture
-                logger.error("pictures cannot be decoded now: %s", error)
+            except OSError as refused:  # it is tried again with each picture
+                logger.error("pictures cannot be decoded now: %s", refused)
         registering = asyncio.create_task(self._names.register())
         either: set[asyncio.Future[Any]] = {registering, self._ending}
         await asyncio.wait(either, timeout=REGISTER_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)

@@ -22,6 +22,7 @@ from ltx2_pool.serving.breaker import Pauses
 from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.serving.tickets import Limits
+from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.outcomes import Video
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
@@ -73,6 +74,7 @@ def make_pool(tmp_path: Path) -> Callable[..., Any]:
         pauses: Pauses | None = None,
         keys: Sequence[Shape] = (A, B, C),
         prewarm: Sequence[Shape] = (),
+        offers: Sequence[Offer] = (),
         **options: Any,
     ) -> AsyncIterator[Pool]:
         host = ProcessHost(
@@ -82,6 +84,7 @@ def make_pool(tmp_path: Path) -> Callable[..., Any]:
             timeouts,
             weights=weights,
             spawner=spawner or ExecSpawner(IMAGINARY),
+            offers=offers,
         )
         ledger = Ledger({"cpu": budget}, concurrency=concurrency, max_processes=max_size)
         for shape, memory in (dict.fromkeys(keys, MEMORY) if known is None else known).items():

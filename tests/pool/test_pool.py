@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import os
 import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -16,7 +18,9 @@ import pytest
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.processes.spawner import ExecSpawner
 from ltx2_pool.serving.tickets import Limits
+from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.outcomes import JobFailed, PoolClosed, ProcessLost, Unavailable, Video
+from ltx2_pool.words.pictures import Picture, pixel_bytes
 from ltx2_pool.words.protocol import Step
 from tests.children import until
 
@@ -359,3 +363,18 @@ asyncio.run(main())
     assert len(family) == 2
     _, alive = psutil.wait_procs([psutil.Process(p) for p in family if psutil.pid_exists(p)], timeout=2)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+async def test_an_innocent_job_that_is_tried_again_has_its_picture_still(make_pool, tmp_path):
+    offer = Offer(A)
+    content = bytes([7]) * pixel_bytes(offer.picture_sizes)
+    async with make_pool(offers=[offer]) as pool:
+        asked = replace(job(A, f"kill once {tmp_path / 'marker'}"), pictures=(Picture("1" * 64),))
+        pixels = os.memfd_create("pixels", os.MFD_CLOEXEC)
+        os.write(pixels, content)
+        try:
+            video = await pool.generate(asked, lambda _: None, pixels=[pixels])
+        finally:
+            os.close(pixels)
+        assert (tmp_path / "marker").exists(), "the first process was lost"
+        assert video.path.read_text().split()[-1] == hashlib.sha256(content).hexdigest()

@@ -60,6 +60,7 @@ class MadeUpPool:
         self.directory = directory
         self.leave: Callable[[Path], None] = lambda path: path.write_bytes(CONTENT) and None
         self.users: list[str] = []
+        self.asked: list[Job] = []
         self.pictures: list[Any] = []
         """Of each job, its pictures and their pixels."""
         self.held: dict[str, asyncio.Future[None]] = {}
@@ -94,6 +95,7 @@ class MadeUpPool:
 
     async def generate(self, job: Job, on_event: OnEvent, user: str = "", pixels: Sequence[int] = ()) -> Video:
         self.users.append(user)
+        self.asked.append(job)
         seen = [os.pread(descriptor, 1 << 26, 0) for descriptor in pixels]
         self.pictures.append(list(zip(job.pictures, seen, strict=True)))
         if self.closing:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
+import os
 
 import pytest
 from dynamo.llm.exceptions import HttpError, InvalidArgument
@@ -15,9 +17,47 @@ from ltx2_pool.serving.traffic import Traffic
 from ltx2_pool.tools.stack import TINY_MENU
 from ltx2_pool.words import requests
 from ltx2_pool.words.menu import Menu
+from ltx2_pool.words.outcomes import NoRoom, QueueFull
+from ltx2_pool.words.pictures import Picture, PictureError
 from tests.serving.made_up import CONTENT, FAILURES, Context, Counts, HangingFileSystem, MadeUpPool, collect, until
 
 MENU = Menu.load(TINY_MENU)
+
+
+class MadeUpIntake:
+    """Pictures whose references say what they hold, or what is wrong with them."""
+
+    def __init__(self):
+        self.held = 0
+        self.sizes = None
+        self.hang = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def taken(self, references, sizes):
+        self.sizes = sizes
+        with contextlib.ExitStack() as closing:
+            pictures, pixels = [], []
+            for reference in references:
+                match reference.text:
+                    case "hang":
+                        await self.hang.wait()
+                    case "bad":
+                        raise PictureError("the picture is no picture")
+                    case "busy":
+                        raise QueueFull("picture_queue_full", 9, 5.0)
+                    case "no room":
+                        raise NoRoom("no memory")
+                pixels.append(os.memfd_create("pixels"))
+                closing.callback(os.close, pixels[-1])
+                os.write(pixels[-1], reference.text.encode())
+                digest = hashlib.sha256(reference.text.encode()).hexdigest()
+                pictures.append(Picture(digest, reference.frame, reference.strength))
+            self.held += 1
+            closing.callback(self._let_go)
+            yield tuple(pictures), tuple(pixels)
+
+    def _let_go(self):
+        self.held -= 1
 
 
 class Stage:
@@ -28,6 +68,7 @@ class Stage:
         self.pool = MadeUpPool(directory)
         self.counts = Counts()
         self.traffic = Traffic(None)
+        self.intake = MadeUpIntake()
         self.handler = VideoHandler(
             self.pool,
             MENU,
@@ -36,6 +77,8 @@ class Stage:
             Deliverer(store, timeout),
             self.counts,
             self.traffic,
+            intake=self.intake,
+            recipes={MENU.keys[0]: "5eed"},
         )
         self._before = asyncio.all_tasks()
 
@@ -43,6 +86,7 @@ class Stage:
         return self.handler.generate({"model": "tiny", "prompt": prompt, **fields}, context or Context())
 
     def assert_clean(self):
+        assert self.intake.held == 0
         assert asyncio.all_tasks() - self._before <= {asyncio.current_task()}
         assert self.handler.working == 0
         assert list(self.directory.iterdir()) == []
@@ -167,7 +211,7 @@ async def test_a_hard_cancel_cancels_the_job(stage):
 async def test_a_hard_cancel_twice_still_waits_for_the_job(stage):
     gate = asyncio.Event()
 
-    async def slow_to_die(job, on_event, user=""):
+    async def slow_to_die(job, on_event, user="", pixels=()):
         try:
             await asyncio.Event().wait()
         finally:
@@ -242,3 +286,55 @@ async def test_giving_up_does_not_wait_for_an_upload(tmp_path, hanging):
     assert caught.value.code == 503
     assert stage.counts.counted == {("delivery",): 1}
     stage.assert_clean()
+
+
+async def test_a_video_from_pictures_says_which_in_its_id_and_its_job(stage):
+    more = {"last_frame_reference": "two", "last_frame_strength": 0.5}
+    asked = {"input_reference": "one", "extra_args": {"media_passthrough": more}}
+    (answer,) = await collect(stage.ask(**asked))
+    ((one, first), (two, last)) = stage.pool.pictures[0]
+    assert (first, one.frame, one.strength) == (b"one", "first", 1.0)
+    assert (last, two.frame, two.strength) == (b"two", "last", 0.5)
+    assert answer["id"].endswith(f"_64x64@9f_seed42_steps2_first-{one.digest[:16]}_last-{two.digest[:16]}")
+    assert stage.intake.sizes == ((64, 64),)
+    assert stage.pool.asked[0].recipe == "5eed"
+    assert f"picture=first:sha256:{one.digest}:1 picture=last:sha256:{two.digest}:0.5" in stage.pool.asked[0].comment
+    assert stage.counts.counted == {("64x64@9f", "respond"): 1, ("64x64@9f", "pictures"): 1}
+
+
+@pytest.mark.parametrize(
+    ("reference", "status", "words", "reason"),
+    [
+        ("bad", InvalidArgument, "the picture is no picture", "invalid"),
+        ("busy", 429, "try again in 5 s", "picture_queue_full"),
+        ("no room", 503, "try again", "no_room"),
+    ],
+)
+async def test_what_is_wrong_with_a_picture_is_told_and_reaches_no_process(stage, reference, status, words, reason):
+    with pytest.raises(HttpError if isinstance(status, int) else status, match=words) as caught:
+        await collect(stage.ask(input_reference=reference))
+    if isinstance(status, int):
+        assert caught.value.code == status
+    assert stage.pool.pictures == []
+    assert stage.counts.counted == {(reason,): 1}
+
+
+async def test_a_client_that_leaves_while_its_picture_is_taken_leaves_nothing(stage):
+    context = Context()
+    asking = asyncio.create_task(collect(stage.ask(context=context, input_reference="hang")))
+    await until(lambda: stage.intake.sizes is not None)
+    context.gone.set()
+    assert await asking == []
+    assert stage.pool.pictures == []
+
+
+async def test_a_picture_for_a_shape_that_is_made_from_text_only_is_refused(stage):
+    with pytest.raises(InvalidArgument, match=r"input_reference is not offered for 96x64@17f: choose 64x64@9f"):
+        await collect(stage.ask(size="96x64", input_reference="one"))
+
+
+async def test_a_worker_without_an_intake_says_so(tmp_path):
+    stage = Stage(tmp_path)
+    stage.handler._intake = None
+    with pytest.raises(InvalidArgument, match="takes no pictures"):
+        await collect(stage.ask(input_reference="one"))

@@ -124,7 +124,7 @@ def _held(reader: PictureReader) -> dict[str, int]:
 def through(running: Stack, count: int, seed: int, on_answer: Callable[[], None]) -> dict[str, Any]:
     """Ask a frontend for so many videos from them, with one step each; says what became of them, as :func:`run`.
 
-    ``unexpected`` must be empty: an answer other than a video or a 400 with a reason, a process of the pool that is
+    ``unexpected`` must be empty: an answer other than a video or a refusal with a reason, a process of the pool that is
     another afterwards, or memory that grew with their number.
     """
     inputs = hostile(count, seed)
@@ -148,7 +148,7 @@ def through(running: Stack, count: int, seed: int, on_answer: Callable[[], None]
             text = answer.json().get("message", "") if answer.status_code != 200 else ""
             if answer.status_code == 200:
                 accepted.append(one.name)
-            elif answer.status_code == 400 and text:
+            elif answer.status_code in (400, 413) and text:  # 413 is the frontend's, for what is too large for it
                 refused[re.sub(r"\d+", "N", text)] += 1
             else:
                 unexpected.append(f"{one.name}: {answer.status_code} {answer.text[:200]}")
