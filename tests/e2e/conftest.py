@@ -23,7 +23,7 @@ from ltx2_pool.model.mp4 import VideoInfo
 from ltx2_pool.tools import stack
 from ltx2_pool.tools.stack import Stack
 from ltx2_pool.words.menu import Menu
-from ltx2_pool.words.shapes import CacheDirs, Shape
+from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 from tests.paths import REPOSITORY
 
 WORK = REPOSITORY / ".work"
@@ -58,7 +58,7 @@ def merge(baked: Path, target: Path, *shapes: Shape) -> CacheDirs:
     """The compile caches of several shapes in one directory, as one process that makes them all would have them."""
     merged = CacheDirs(target)
     for shape in shapes:
-        source = CacheDirs.of(baked, shape)
+        source = CacheDirs.of(baked, Key(shape))
         for name in ("torchinductor", "triton"):
             shutil.copytree(source.root / name, target / name, dirs_exist_ok=True)
     return merged

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 
-from ltx2_pool.words.shapes import CacheDirs
+from ltx2_pool.words.shapes import CacheDirs, Key
 
 from .conftest import BENCHMARK, MENU, WORK, A, merge
 
@@ -14,7 +14,7 @@ from .conftest import BENCHMARK, MENU, WORK, A, merge
 def test_stock_in_process_and_pool_are_measured_on_one_checkpoint(model, baked, tmp_path):
     caches = WORK / "compare" / "compare-stock"  # kept for the next run: nobody else compiles as stock does
     merge(baked, caches / "in-process", A)
-    shutil.copytree(CacheDirs.of(baked, A).root, CacheDirs.of(caches / "pool", A).root, dirs_exist_ok=True)
+    shutil.copytree(CacheDirs.of(baked, Key(A)).root, CacheDirs.of(caches / "pool", Key(A)).root, dirs_exist_ok=True)
     where = ("--model", str(model), "--shapes", str(MENU), "--cache-root", str(caches.parent), "--out", str(tmp_path))
     what = ("--shape", A.key, "--steps", "1", "--repeat", "2")
     done = subprocess.run(

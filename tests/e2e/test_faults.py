@@ -38,8 +38,8 @@ def test_checkpoint_caches_and_output_directory_may_go_and_come_back(model, bake
     checkpoint.symlink_to(model)
     ledger = Ledger({"cpu": sys.maxsize}, max_processes=2)
     for shape in (A, B):
-        ledger.observe(Key(shape), manifest.read(CacheDirs.of(baked, shape)).memory)
-        shutil.copytree(baked / "per-shape" / shape.key, CacheDirs.of(caches, shape).root)
+        ledger.observe(Key(shape), manifest.read(CacheDirs.of(baked, Key(shape))).memory)
+        shutil.copytree(baked / "per-shape" / shape.key, CacheDirs.of(caches, Key(shape)).root)
 
     async def body() -> None:
         host = ProcessHost(Recipe(model_path=str(checkpoint)), caches, scratch, QUICK, weights="private")
@@ -95,9 +95,9 @@ def test_checkpoint_caches_and_output_directory_may_go_and_come_back(model, bake
             assert {p["shape"]: p["pid"] for p in pool.status()["processes"]} == before
 
             # A hot process does not need its cache any more; the next one finds rubbish, or nothing, and compiles.
-            shutil.rmtree(CacheDirs.of(caches, A).root)
+            shutil.rmtree(CacheDirs.of(caches, Key(A)).root)
             assert await video(A) == expected
-            for path in CacheDirs.of(caches, B).root.rglob("*"):
+            for path in CacheDirs.of(caches, Key(B)).root.rglob("*"):
                 if path.is_file():
                     path.write_bytes(b"rubbish")
             assert await video(B)

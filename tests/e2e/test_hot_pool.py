@@ -37,6 +37,7 @@ from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 from .conftest import MENU, A, B, C, ask, check, family, pids, wait
 
 QUICK = Timeouts(spawn=120, weights=120, generation=120, cancel=10, term=10)
+OFFERS = Menu.load(MENU).offers
 _ids = itertools.count()
 
 
@@ -55,7 +56,8 @@ async def processes(
     try:
         for shape in shapes:
             process = host.process(Key(shape))
-            warm_up = requests.warm_up(Menu.load(MENU), shape) if warm else None
+            menu = Menu.load(MENU)
+            warm_up = requests.warm_up(menu, menu.offer(Key(shape))) if warm else ()
             started.append((process, await host.start_process(process, warm_up)))
         yield started
     finally:
@@ -75,7 +77,7 @@ async def make(process: ShapeProcess, video: Job, output_dir: Path) -> tuple[byt
 
 def bakes_job(baked: Path, shape: Shape) -> tuple[Job, str]:
     """What the bake made, by forks that borrowed their weights, and the digest of what came out."""
-    found = manifest.read(CacheDirs.of(baked, shape))
+    found = manifest.read(CacheDirs.of(baked, Key(shape)))
     return Job(f"job{next(_ids)}", shape, **found.job), found.video_sha256
 
 
@@ -84,7 +86,7 @@ def test_an_interpreter_with_its_own_weights_hits_the_same_keys_and_makes_the_sa
 
     async def body() -> None:
         recipe = Recipe(model_path=str(model))
-        host = ProcessHost(recipe, baked, tmp_path / "scratch", QUICK, spawn="exec", weights="private")
+        host = ProcessHost(recipe, baked, tmp_path / "scratch", QUICK, spawn="exec", weights="private", offers=OFFERS)
         async with processes(host, A) as ((process, _),):
             data, compiled = await make(process, video, tmp_path)
             assert compiled == Compiled(graph_hits=1, autograd_hits=1)
@@ -99,7 +101,9 @@ def test_ready_means_hot(model, baked, tmp_path):
     video, digest = bakes_job(baked, A)
 
     async def body() -> None:
-        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK, weights="private")
+        host = ProcessHost(
+            Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK, weights="private", offers=OFFERS
+        )
         async with processes(host, A, warm=True) as ((process, ready),):
             assert ready.trace_s > 0
             data, compiled = await make(process, video, tmp_path)
@@ -111,7 +115,7 @@ def test_ready_means_hot(model, baked, tmp_path):
 
 def test_weights_are_held_once_and_nobody_changes_them(model, baked, tmp_path):
     async def body() -> None:
-        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK)
+        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK, offers=OFFERS)
         async with processes(host, A, B, C) as pairs:
             started = [process for process, _ in pairs]
             before = await host.weights.checksum()
@@ -137,7 +141,7 @@ def test_what_is_lent_outlives_its_lender(model, baked, tmp_path):
     video, digest = bakes_job(baked, A)
 
     async def body() -> None:
-        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK)
+        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK, offers=OFFERS)
         async with processes(host, A) as ((process, _),):
             before, lent = await host.weights.checksum(), host.lending
             for _ in range(2):
@@ -149,7 +153,7 @@ def test_what_is_lent_outlives_its_lender(model, baked, tmp_path):
                     await asyncio.sleep(0.01)
                 assert await host.weights.checksum() == before
             other = host.process(Key(B))
-            await host.start_process(other, None)
+            await host.start_process(other)
             for one in (process, other):
                 assert one.memory.weights == 0
             data, _ = await make(process, video, tmp_path)
@@ -165,7 +169,7 @@ def test_what_is_lent_outlives_its_lender(model, baked, tmp_path):
 
 def test_a_loan_that_nobody_can_take_over_is_given_up(model, baked, tmp_path, monkeypatch):
     async def body() -> None:
-        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK)
+        host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK, offers=OFFERS)
         async with processes(host, A) as ((process, _),):
             before = await host.weights.checksum()
             failures = iter(range(weights.SUCCESSORS))

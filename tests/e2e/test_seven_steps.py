@@ -15,7 +15,7 @@ from .conftest import A, B, C, ask, check, merge, pids, wait
 
 def test_step_1_smoke(pool):
     info = check(ask(pool, A), A)
-    assert info.comment == f"shape={A.key} seed=42 steps=2 fps=24"
+    assert info.comment.startswith(f"shape={A.key} seed=42 steps=2 guidance=1 fps=24 prompt=sha256:")
 
 
 def test_step_2_persistence(pool):
