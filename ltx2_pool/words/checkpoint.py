@@ -81,12 +81,11 @@ class Checkpoint:
                 f"{path / 'model_index.json'} does not name LTX2Pipeline but {index.get('_class_name')!r}: this worker "
                 "serves LTX-2 only"
             )
-        declared = str(index.get("fastvideo_ltx2_variant", ""))
+        declared = str(index.get("fastvideo_ltx2_variant") or "")
         if declared and not declared.startswith(("ltx2-", "ltx2.0-", "ltx2.3-")):
-            raise CheckpointError(f"{path} is {declared}: this worker serves LTX-2 and LTX-2.3, which FastVideo runs")
+            raise CheckpointError(f"{path} is {declared!r}: this worker serves LTX-2 and LTX-2.3, which FastVideo runs")
         for name in COMPONENTS:
-            if not (path / name / "config.json").is_file():
-                raise CheckpointError(f"{path} is incomplete: {name}/config.json is missing; fetch it again")
+            _json(path / name / "config.json", f"{path} is incomplete: {name}/config.json is missing; fetch it again")
             _check_weights(path / name)
         transformer = _json(path / "transformer" / "config.json")
         if transformer.get("_class_name") != "LTX2Transformer3DModel":
@@ -99,10 +98,17 @@ class Checkpoint:
             version="2.3" if _is_2_3(transformer) else "2.0",
             distilled=distilled,
             why=why,
-            layers=int(transformer.get("num_layers", 48)),
+            layers=_layers(transformer, path),
             no_image="" if encoder else "its VAE has no encoder",
             no_refine=_why_no_refine(path, index, encoder),
         )
+
+
+def _layers(transformer: dict[str, Any], path: Path) -> int:
+    layers = transformer.get("num_layers", 48)
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        raise CheckpointError(f"{path}: its transformer has no number of layers (num_layers {str(layers)[:40]!a})")
+    return layers
 
 
 def _is_2_3(transformer: dict[str, Any]) -> bool:
@@ -114,7 +120,7 @@ def _is_distilled(path: Path, index: dict[str, Any], kind: Kind) -> tuple[bool, 
     """Base and distilled have the same tensors: what the files declare decides."""
     if kind != "auto":
         return kind == "distilled", "as --kind (LTX2_KIND) says"
-    declared = str(index.get("fastvideo_ltx2_variant", ""))
+    declared = str(index.get("fastvideo_ltx2_variant") or "")
     if declared:
         return declared.endswith("distilled"), f"model_index.json: fastvideo_ltx2_variant {declared}"
     if index.get("fastvideo_transformer_merged_loras"):
@@ -136,12 +142,22 @@ def _why_no_refine(path: Path, index: dict[str, Any], encoder: bool) -> str:
     if not encoder:
         return "the upsampler needs the VAE's encoder, and it has none"
     declared = index.get("fastvideo_refine_upsampler_path") or ("spatial_upsampler" in index and "spatial_upsampler")
+    if declared and not isinstance(declared, str):
+        raise CheckpointError(f"{path / 'model_index.json'}: fastvideo_refine_upsampler_path is not a path")
     places = [declared] if declared else list(UPSAMPLERS)
-    for place in places:
-        if (path / place / "config.json").is_file():
-            _check_weights(path / place)
-            return ""
-    return f"it has no spatial upsampler in {' or '.join(map(str, places))}"
+    found = next((path / place for place in places if _is_directory(path / place)), None)
+    if found is None:
+        return f"it has no spatial upsampler in {' or '.join(map(ascii, places))}"
+    _json(found / "config.json", f"{path} is incomplete: {found.name}/config.json is missing; fetch it again")
+    _check_weights(found)
+    return ""
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _json(path: Path, absent: str = "") -> dict[str, Any]:
@@ -149,7 +165,7 @@ def _json(path: Path, absent: str = "") -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(absent or f"{path} is missing; fetch the checkpoint again") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -161,7 +177,9 @@ def _check_weights(directory: Path) -> None:
     files = set(directory.rglob("*.safetensors"))
     for index in directory.rglob("*.safetensors.index.json"):
         shards = _json(index).get("weight_map", {})
-        files |= {index.parent / str(name) for name in set(shards.values())}
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index} does not say which file has which weight; fetch the checkpoint again")
+        files |= {index.parent / name for name in set(shards.values())}
     if not files:
         raise CheckpointError(f"{directory} has no weights (*.safetensors); fetch the checkpoint again")
     for file in sorted(files):
@@ -180,12 +198,19 @@ def _header(file: Path) -> dict[str, Any]:
             (length,) = struct.unpack("<Q", opened.read(8))
             header = json.loads(opened.read(min(length, _MAX_HEADER)))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        ends = 8 + length + max((_end(entry["data_offsets"]) for entry in tensors.values()), default=0)
         size = file.stat().st_size
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing; fetch the checkpoint again") from None
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, struct.error, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({type(error).__name__}): fetch the checkpoint again") from error
     if size != ends:
         raise CheckpointError(f"{file} has {size:,} bytes where its header says {ends:,}: fetch the checkpoint again")
     return tensors
+
+
+def _end(offsets: list[int]) -> int:
+    """Where a tensor ends. Raises ValueError, among others, when that cannot be."""
+    if not isinstance(offsets[1], int) or not 0 <= offsets[1] < 1 << 64:
+        raise ValueError("offset")
+    return offsets[1]

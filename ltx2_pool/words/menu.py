@@ -65,6 +65,8 @@ class Menu:
     """The model's schedule has no more."""
     max_guidance: float = 1.0
     """Above 1, a client chooses the guidance: from 1 to this."""
+    as_written: tuple[Offer, ...] = ()
+    """The offers as the file has them, where the checkpoint cannot do all of that; empty when it can."""
 
     @classmethod
     def of(cls, model: str, shapes: Iterable[Shape]) -> Menu:
@@ -75,9 +77,9 @@ class Menu:
     def hash(self) -> str:
         """What a baked image and a menu are compared by: 8 hex digits of a SHA-256 of the sorted offers.
 
-        Of a plain menu, that is of its shapes alone.
+        Of a plain menu, that is of its shapes alone. The checkpoint has no part in it: a menu file has one hash.
         """
-        entries = sorted(_entry(offer) for offer in self.offers)
+        entries = sorted(_entry(offer) for offer in self.as_written or self.offers)
         return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()[:8]
 
     @property
@@ -186,6 +188,8 @@ class _MenuReader:
             raise MenuError(f"{self.path}{line}: not YAML: {error.problem}") from error
         except yaml.YAMLError as error:
             raise MenuError(f"{self.path}: not YAML: {error}") from error
+        except RecursionError:
+            raise MenuError(f"{self.path}: not a menu: brackets in brackets without end") from None
         nodes = self._mapping(root, "a menu", ("model", "shapes", *_NUMBERS, *_HOW, "variants"))
         for key in ("model", "shapes"):
             if key not in nodes:
@@ -194,15 +198,19 @@ class _MenuReader:
         if not isinstance(model, str) or not model.strip():
             self.fail(nodes["model"], "model must be the name that clients send, for instance ltx2-distilled")
         numbers = {name: self._number(name, nodes[name]) for name in _NUMBERS if name in nodes}
-        own = self._offers(nodes["shapes"], self._how(Offer(Shape(0, 0, 0)), nodes))
+        default = self._how(Offer(Shape(0, 0, 0)), nodes)
+        own = self._offers(nodes["shapes"], default)
         offers = [*own]
         for name, node in self._variants(nodes.get("variants"), model):
-            offers += self._variant(name, node, own)
+            offers += self._variant(name, node, own, default)
         return self._with_defaults(Menu(model, tuple(offers)), numbers, nodes)
 
     def _with_defaults(self, menu: Menu, numbers: dict[str, float], nodes: dict[str, yaml.Node]) -> Menu:
         if self.checkpoint is not None:
             known = self.checkpoint
+            if known.no_image:
+                text_only = tuple(replace(offer, image=False) for offer in menu.offers)
+                menu = replace(menu, offers=text_only, as_written=menu.offers)
             menu = replace(
                 menu,
                 steps=known.default_steps,
@@ -232,7 +240,12 @@ class _MenuReader:
         return values
 
     def _scalar(self, node: yaml.Node) -> object:
-        value: object = yaml.safe_load(node.value) if isinstance(node, yaml.ScalarNode) else None
+        if not isinstance(node, yaml.ScalarNode):
+            return None
+        try:
+            value: object = yaml.constructor.SafeConstructor().construct_object(node)
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+            self.fail(node, f"{node.value!r} is not what its tag {node.tag} says ({type(error).__name__})")
         return value
 
     def _number(self, key: str, node: yaml.Node) -> float:
@@ -265,18 +278,15 @@ class _MenuReader:
             return 0
         said = self._mapping(node, "refine", ("steps",))
         steps = self._scalar(said["steps"]) if "steps" in said else None
-        if isinstance(steps, bool) or steps not in REFINE_STEPS:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps not in REFINE_STEPS:
             self.fail(said.get("steps", node), "refine is written {steps: 2} or {steps: 3}")
         if self.checkpoint is not None and self.checkpoint.no_refine:
             self.fail(node, f"the checkpoint cannot make two stages: {self.checkpoint.no_refine}")
-        assert isinstance(steps, int)
         return steps
 
     def _offers(self, node: yaml.Node, default: Offer) -> list[Offer]:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             self.fail(node, "shapes must be a list with at least one shape")
-        if self.checkpoint is not None and self.checkpoint.no_image:
-            default = replace(default, image=False)
         seen: dict[Shape, int] = {}
         offers = []
         for item in node.value:
@@ -319,11 +329,10 @@ class _MenuReader:
             names[name] = value
         return list(names.items())
 
-    def _variant(self, name: str, node: yaml.Node, own: list[Offer]) -> list[Offer]:
+    def _variant(self, name: str, node: yaml.Node, own: list[Offer], default: Offer) -> list[Offer]:
         nodes = self._mapping(node, "a variant", ("optimize", *_HOW, "shapes"))
         optimize = self._switch("optimize", nodes["optimize"]) if "optimize" in nodes else None
         if "shapes" in nodes:
-            default = replace(self._how(Offer(Shape(0, 0, 0)), nodes), variant=name, optimize=optimize)
-            return self._offers(nodes["shapes"], default)
+            return self._offers(nodes["shapes"], replace(self._how(default, nodes), variant=name, optimize=optimize))
         changed = [replace(self._how(offer, nodes), variant=name, optimize=optimize) for offer in own]
         return [self._checked(offer, node) for offer in changed]

@@ -33,7 +33,7 @@ class Picture:
     """From 0, which is without effect, to 1: that frame is the picture."""
 
     def __str__(self) -> str:
-        return f"{self.frame}:sha256:{self.digest}:{self.strength:g}"
+        return f"{self.frame}:sha256:{self.digest}:{exactly(self.strength)}"
 
 
 @dataclass(frozen=True)
@@ -54,3 +54,8 @@ class PictureLimits:
 def pixel_bytes(sizes: Iterable[Size]) -> int:
     """Bytes of one picture in RGB, once at each size (width, height)."""
     return sum(3 * width * height for width, height in sizes)
+
+
+def exactly(number: float) -> str:
+    """The shortest text that reads back as this number, whole ones without a point."""
+    return repr(number).removesuffix(".0")

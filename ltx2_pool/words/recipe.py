@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ltx2_pool.words.checkpoint import Kind
-from ltx2_pool.words.menu import Menu, Offer
-from ltx2_pool.words.shapes import CacheDirs, Key
+from ltx2_pool.words.menu import Offer
+from ltx2_pool.words.shapes import CacheDirs
 
 WITHOUT_KERNELS = ("TORCH_SDPA", "FLASH_ATTN")
 """Attention backends that do without FastVideo's own kernels (the package fastvideo-kernel)."""
@@ -111,11 +111,6 @@ class Recipe(BaseModel):
             # Lets torch.cuda.is_available() answer without a CUDA context, so that a preloaded process can fork.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
-
-
-def recipes(recipe: Recipe, menu: Menu) -> dict[Key, Recipe]:
-    """How the videos of each entry of a menu are made."""
-    return {offer.key: recipe.of(offer) for offer in menu.offers}
 
 
 def _version(capability: str) -> tuple[int, int]:

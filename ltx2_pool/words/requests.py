@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ltx2_pool.words.menu import Menu, Offer
-from ltx2_pool.words.pictures import Frame, Picture
+from ltx2_pool.words.pictures import Frame, Picture, exactly
 from ltx2_pool.words.shapes import NOMINAL_HEIGHTS, Key, Shape
 
 MAX_SEED = 2**32 - 1
@@ -107,7 +107,7 @@ class Job:
         said |= {"seed": self.seed, "steps": self.steps}
         if self.refine:
             said["refine"] = self.refine
-        said |= {"guidance": f"{self.guidance:g}", "fps": self.fps, "prompt": _sha256(self.prompt)}
+        said |= {"guidance": exactly(self.guidance), "fps": self.fps, "prompt": _sha256(self.prompt)}
         if self.negative_prompt:
             said["negative_prompt"] = _sha256(self.negative_prompt)
         words = [f"{name}={value}" for name, value in said.items()]
@@ -204,7 +204,7 @@ def parse(
     references = _references(request.input_reference, more)
     if references and not offer.image:
         with_pictures = [other.shape.key for other in menu.offers if other.image]
-        instead = f"choose {_either(with_pictures)}" if with_pictures else "this worker makes video from text only"
+        instead = f"choose {_either(with_pictures)}" if with_pictures else "this model makes video from text only"
         raise RequestError(f"{references[0][0]} is not offered for {shape.key}: {instead}")
     job = Job(
         id=job_id,
@@ -229,7 +229,7 @@ def _more(extra_args: Mapping[str, Any] | None) -> More:
     if unknown:
         raise RequestError(f"unknown field{'s' if len(unknown) > 1 else ''}: {_quote(', '.join(unknown))}")
     try:
-        return More.model_validate(given)
+        return More.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise _invalid(error) from error
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ltx2_pool.caches import bake, manifest
 from ltx2_pool.caches.manifest import Binding, Manifest
+from ltx2_pool.words.device import Device
 from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe, VideoSettings
 from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 
 SHAPE = Shape(64, 64, 9)
+HOPPER = Device("GPU-1", "a GPU", "9.0")
 
 
 @pytest.fixture
@@ -161,3 +165,79 @@ def test_the_attention_kernels_are_read_in_the_code_that_was_baked(cache):
 
 def test_how_videos_are_encoded_is_no_part_of_it(cache, recipe):
     assert found(cache, recipe.model_copy(update={"video": VideoSettings(quality=30)})) == []
+
+
+@pytest.mark.parametrize(
+    ("offer", "fields"),
+    [
+        (Offer(SHAPE, image=False), ["image"]),
+        (Offer(SHAPE, refine=3), ["refine"]),
+        (Offer(SHAPE, optimize=True), ["quantization"]),
+        (Offer(SHAPE, "hq"), ["shape"]),
+        (Offer(SHAPE, "hq", refine=2, image=False), ["shape", "image", "refine"]),
+    ],
+)
+def test_a_cache_of_another_offer_is_refused_by_what_is_different(cache, recipe, offer, fields):
+    mismatches = manifest.inspect(cache, manifest.binding(recipe, offer))
+    assert [mismatch.field for mismatch in mismatches] == fields
+
+
+def test_what_the_checkpoint_is_taken_for_is_part_of_the_binding(cache, recipe):
+    assert [m.field for m in found(cache, recipe.model_copy(update={"kind": "base"}))] == ["kind"]
+
+
+def test_a_variants_cache_is_looked_for_in_a_directory_of_its_own(cache, recipe):
+    root = cache.root.parent.parent
+    missing = manifest.check(root, recipe, [Offer(SHAPE), Offer(SHAPE, "hq")])
+    ((key, mismatches),) = missing.items()
+    assert key == "64x64@9f+hq"
+    assert str(root / "per-shape" / key) in mismatches[0].found
+    assert manifest.describe(key, mismatches).endswith("ltx2-warmup --only 64x64@9f+hq --force")
+
+
+def test_a_binding_has_every_field_of_a_recipe_but_where_the_model_is_and_how_frames_are_encoded():
+    assert set(Recipe.model_fields) - set(Binding.model_fields) == {"model_path", "video"}
+
+
+def test_a_binding_is_with_every_choice_made(recipe):
+    bound = manifest.binding(recipe.model_copy(update={"quantization": "auto"}), Offer(SHAPE), HOPPER)
+    assert (bound.attention_kernel, bound.quantization, bound.capability) == ("cudnn", "FP8", "9.0")
+
+
+def test_the_digest_of_a_recipe_is_16_hex_digits_that_do_not_change_by_themselves(recipe, tmp_path):
+    digest = manifest.recipe_digest(recipe, Offer(SHAPE), HOPPER)
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+    shutil.copytree(recipe.model_path, tmp_path / "elsewhere")
+    moved = recipe.model_copy(update={"model_path": str(tmp_path / "elsewhere")})
+    assert manifest.recipe_digest(moved, Offer(SHAPE), HOPPER) == digest
+
+
+def test_whatever_changes_the_bytes_of_a_video_changes_the_digest(recipe, monkeypatch):
+    offers = [Offer(SHAPE), Offer(SHAPE, image=False), Offer(SHAPE, refine=2), Offer(SHAPE, optimize=True)]
+    digests = [manifest.recipe_digest(recipe, offer, HOPPER) for offer in offers]
+    for change in (
+        {"kind": "base"},
+        {"deterministic": False},
+        {"compile": False},
+        {"video": VideoSettings(quality=30)},
+    ):
+        digests.append(manifest.recipe_digest(recipe.model_copy(update=change), Offer(SHAPE), HOPPER))
+    digests.append(manifest.recipe_digest(recipe, Offer(SHAPE), replace(HOPPER, name="another GPU")))
+    (Path(recipe.model_path) / "vae" / "config.json").write_text('{"changed": 1}')
+    manifest._config_digest.cache_clear()
+    digests.append(manifest.recipe_digest(recipe, Offer(SHAPE), HOPPER))
+    for package in ("torch", "fastvideo", "av"):
+        version = manifest._version
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "_version", lambda name, p=package, v=version: "0" if name == p else v(name))
+            digests.append(manifest.recipe_digest(recipe, Offer(SHAPE), HOPPER))
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize("optimize", [None, True])
+def test_two_ways_to_ask_for_the_same_have_one_digest(recipe, optimize):
+    """What is left to the rule, and what the rule chooses."""
+    asked = recipe.model_copy(update={"quantization": "FP8", "attention_kernel": "cudnn"})
+    left = recipe.model_copy(update={"quantization": "auto"})
+    digests = {manifest.recipe_digest(one, Offer(SHAPE, optimize=optimize), HOPPER) for one in (asked, left)}
+    assert len(digests) == 1

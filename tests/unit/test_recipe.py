@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ltx2_pool.words.recipe import Recipe, RecipeError
+from ltx2_pool.words.menu import Offer
+from ltx2_pool.words.recipe import Recipe, RecipeError, VideoSettings
+from ltx2_pool.words.shapes import Shape
+
+SHAPE = Shape(64, 64, 9)
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,49 @@ def test_what_is_asked_for_wins():
 def test_a_device_without_fp8_is_refused(quantization):
     with pytest.raises(RecipeError, match=r"compute capability 8\.0 has no FP8: leave --enable-optimizations"):
         Recipe(model_path="m", quantization=quantization).on("8.0")
+
+
+@pytest.mark.parametrize(
+    ("offer", "image", "refine"),
+    [
+        (Offer(SHAPE), True, 0),
+        (Offer(SHAPE, image=False), False, 0),
+        (Offer(SHAPE, "hq", refine=3), True, 3),
+        (Offer(SHAPE, refine=2, image=False), False, 2),
+    ],
+)
+@pytest.mark.parametrize("common", [{}, {"image": True, "refine": 3}])
+def test_an_offer_decides_on_pictures_and_stages(offer, image, refine, common):
+    made = Recipe(model_path="m", **common).of(offer)
+    assert (made.image, made.refine) == (image, refine)
+
+
+@pytest.mark.parametrize("common", [None, "auto", "FP8", "NVFP4"])
+@pytest.mark.parametrize("optimize", [None, True, False])
+def test_a_variant_may_say_whether_it_is_quantized_otherwise_the_worker_does(common, optimize):
+    expected = {None: common, True: "auto", False: None}[optimize]
+    made = Recipe(model_path="m", quantization=common).of(Offer(SHAPE, "v", optimize=optimize))
+    assert made.quantization == expected
+
+
+def test_all_else_is_as_all_offers_have_it():
+    common = Recipe(
+        model_path="m",
+        compile=False,
+        compile_mode="max-autotune",
+        compile_fullgraph=True,
+        attention_backend="FLASH_ATTN",
+        attention_kernel="torch",
+        deterministic=False,
+        kind="base",
+        video=VideoSettings(quality=30),
+    )
+    own = {"image", "refine", "quantization"}
+    made = common.of(Offer(SHAPE, "hq", refine=2, image=False, optimize=True))
+    assert made.model_dump(exclude=own) == common.model_dump(exclude=own)
+    assert made.of(Offer(SHAPE)).of(Offer(SHAPE)) == made.of(Offer(SHAPE))
+
+
+def test_an_optimized_variant_is_refused_on_a_device_without_fp8():
+    with pytest.raises(RecipeError, match="has no FP8"):
+        Recipe(model_path="m").of(Offer(SHAPE, "fast", optimize=True)).on("8.0")

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx2_pool.words.menu import Menu
-from ltx2_pool.words.requests import Limits, RequestError, parse
-from ltx2_pool.words.shapes import Shape
+from ltx2_pool.words.menu import Menu, Offer
+from ltx2_pool.words.pictures import Picture
+from ltx2_pool.words.requests import Job, Limits, Reference, RequestError, parse, warm_up
+from ltx2_pool.words.shapes import Key, Shape
 
 MENU = Menu.of(
     "ltx2",
     map(Shape.parse, ("768x512@121", "768x512@241", "1280x736@121", "736x1280@121", "1920x1088@121")),
 )
+SMALL, LONG, WIDE = Shape(64, 64, 9), Shape(64, 64, 17), Shape(128, 64, 9)
+VARIANTS = Menu(
+    "ltx2",
+    (
+        Offer(SMALL, image=False),
+        Offer(LONG),
+        Offer(SMALL, "hq", refine=3),
+        Offer(WIDE, "hq", refine=2),
+        Offer(SMALL, "text", image=False),
+    ),
+    steps=4,
+)
+BASE = replace(MENU, steps=40, guidance=3.0, max_steps=50, max_guidance=30.0)
+PICTURE = "data:image/png;base64,AAAA"
 
 
-def ask(limits: Limits | None = None, **fields):
-    return parse({"model": "ltx2", "prompt": "a fox", **fields}, "id", MENU, limits or Limits())
+def ask(limits: Limits | None = None, menu: Menu = MENU, **fields):
+    return parse({"model": "ltx2", "prompt": "a fox", **fields}, "id", menu, limits or Limits())
+
+
+def more(**fields):
+    """What the frontend makes of our own top-level fields."""
+    return {"extra_args": {"media_passthrough": fields}}
 
 
 def test_the_menu_fills_in_what_is_absent():
@@ -82,12 +105,174 @@ def test_the_shape_that_a_request_means(fields, key):
         ({"response_format": "url"}, "no media store"),
         ({"response_format": "hologram"}, "response_format 'hologram' is unknown"),
         ({"output_format": "avi"}, "output_format 'avi' is not supported"),
-        ({"extra_args": {"media_passthrough": {"sieze": "1x1"}}}, "unknown field: 'sieze'"),
+        (more(sieze="1x1"), "unknown field: 'sieze'"),
+        (more(b=None, a=1), "unknown fields: 'a, b'"),
+        (more(input_reference_strength=0.5), "input_reference_strength is given, but no input_reference"),
+        (more(last_frame_strength=0.5), "last_frame_strength is given, but no last_frame_reference"),
+        (more(last_frame_reference=5), "last_frame_reference: "),
+        (more(last_frame_strength="strong"), "last_frame_strength: "),
+        *[
+            ({"input_reference": PICTURE, **more(input_reference_strength=strength)}, "must be above 0 and at most 1")
+            for strength in (0, -0.5, 1.01, float("inf"), float("nan"))
+        ],
+        (more(last_frame_reference=PICTURE, last_frame_strength=0), "last_frame_strength must be above 0"),
+        ({"input_reference": ["x"]}, "input_reference: "),
     ],
 )
 def test_a_mistake_is_refused_with_its_reason(fields, why):
     with pytest.raises(RequestError, match=why):
         ask(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "references"),
+    [
+        ({}, ()),
+        (more(), ()),
+        ({"input_reference": PICTURE}, (Reference(PICTURE),)),
+        ({"input_reference": PICTURE, **more(input_reference_strength=0.5)}, (Reference(PICTURE, "first", 0.5),)),
+        (more(last_frame_reference="https://a/b"), (Reference("https://a/b", "last"),)),
+        (
+            {
+                "input_reference": "one",
+                **more(last_frame_reference="two", last_frame_strength=0.25, input_reference_strength=1),
+            },
+            (Reference("one", "first"), Reference("two", "last", 0.25)),
+        ),
+        ({"input_reference": ""}, (Reference(""),)),
+    ],
+)
+def test_the_pictures_that_a_request_means(fields, references):
+    job, _, found = ask(**fields)
+    assert found == references
+    assert job.pictures == ()
+
+
+@pytest.mark.parametrize("name", ["input_reference_strength", "last_frame_reference", "last_frame_strength"])
+def test_null_is_the_same_as_absent_in_our_own_fields(name):
+    assert ask(**more(**{name: None})) == ask()
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"media_passthrough": None}, {"media_passthrough": {}}, {"other": 1}])
+def test_no_passthrough_is_no_more_than_that(extra_args):
+    assert ask(extra_args=extra_args) == ask()
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"input_reference": PICTURE}, "input_reference is not offered for 64x64@9f: choose 64x64@17f"),
+        (more(last_frame_reference=PICTURE), "last_frame_reference is not offered for 64x64@9f: choose 64x64@17f"),
+        (
+            {"model": "text", "input_reference": PICTURE},
+            "input_reference is not offered for 64x64@9f: this model makes video from text only",
+        ),
+    ],
+)
+def test_a_picture_is_refused_where_none_is_offered(fields, why):
+    with pytest.raises(RequestError, match=why):
+        ask(menu=VARIANTS, **fields)
+
+
+def test_a_picture_is_taken_where_it_is_offered():
+    assert ask(menu=VARIANTS, input_reference=PICTURE, nvext={"num_frames": 17})[2]
+    assert ask(menu=VARIANTS, input_reference=PICTURE, model="hq")[2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "key", "refine"),
+    [
+        ({}, Key(SMALL), 0),
+        ({"model": "anything"}, Key(SMALL), 0),
+        ({"model": "hq"}, Key(SMALL, "hq"), 3),
+        ({"model": "hq", "size": "128x64"}, Key(WIDE, "hq"), 2),
+        ({"model": "text"}, Key(SMALL, "text"), 0),
+    ],
+)
+def test_the_model_name_chooses_the_variant(fields, key, refine):
+    job, _, _ = ask(menu=VARIANTS, **fields)
+    assert (job.key, job.refine) == (key, refine)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"size": "128x64"}, "size '128x64' is not on the menu: choose 64x64$"),
+        ({"model": "hq", "nvext": {"num_frames": 17}}, "num_frames 17 is not offered for 64x64: choose 9$"),
+        ({"model": "text", "size": "128x64"}, "choose 64x64$"),
+    ],
+)
+def test_a_shape_of_another_model_name_is_not_offered(fields, why):
+    with pytest.raises(RequestError, match=why):
+        ask(menu=VARIANTS, **fields)
+
+
+@pytest.mark.parametrize("guidance", [1, 1.5, 3, 30])
+def test_a_base_checkpoint_takes_the_guidance_that_the_client_chooses(guidance):
+    assert ask(menu=BASE, nvext={"guidance_scale": guidance})[0].guidance == guidance
+    assert (ask(menu=BASE)[0].guidance, ask(menu=BASE)[0].steps) == (3.0, 40)
+
+
+@pytest.mark.parametrize("guidance", [0, 0.99, -3, 30.5, float("nan"), float("inf")])
+def test_a_base_checkpoint_refuses_guidance_out_of_range(guidance):
+    with pytest.raises(RequestError, match=r"guidance_scale must be from 1 to 30, not"):
+        ask(menu=BASE, nvext={"guidance_scale": guidance})
+
+
+def test_more_steps_than_the_schedule_has_are_refused():
+    menu = replace(MENU, steps=8, max_steps=8)
+    assert ask(menu=menu, nvext={"num_inference_steps": 8})[0].steps == 8
+    with pytest.raises(RequestError, match="from 1 to 8, the model's schedule, not 9"):
+        ask(menu=menu, nvext={"num_inference_steps": 9})
+
+
+def sha256(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def test_a_plain_jobs_comment_says_no_more_than_there_is():
+    job = Job("id", SMALL, "a fox", seed=1, steps=2, guidance=1.0, fps=24)
+    assert job.comment == f"shape=64x64@9f seed=1 steps=2 guidance=1 fps=24 prompt={sha256('a fox')}"
+
+
+def test_a_comment_says_all_that_it_takes_to_make_the_video_again():
+    pictures = (Picture("aa"), Picture("bb", "last", 0.1 + 0.2))
+    job = Job("id", SMALL, "a fox", 1, 2, 3.0000001, 24, "a dog", "hq", 3, pictures, recipe="0123")
+    assert job.comment == (
+        "shape=64x64@9f model=hq seed=1 steps=2 refine=3 guidance=3.0000001 fps=24 "
+        f"prompt={sha256('a fox')} negative_prompt={sha256('a dog')} "
+        "picture=first:sha256:aa:1 picture=last:sha256:bb:0.30000000000000004 recipe=0123"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": LONG},
+        {"prompt": "b"},
+        {"seed": 2},
+        {"steps": 3},
+        {"guidance": 1 + 2**-52},
+        {"fps": 25},
+        {"negative_prompt": "c"},
+        {"variant": "hq"},
+        {"refine": 2},
+        {"pictures": (Picture("a"),)},
+        {"recipe": "00"},
+    ],
+)
+def test_no_two_jobs_of_different_videos_have_one_comment(change):
+    job = Job("id", SMALL, "a", seed=1, steps=2, guidance=1.0, fps=24)
+    assert replace(job, **change).comment != job.comment
+    assert replace(job, id="other").comment == job.comment
+
+
+@pytest.mark.parametrize("offer", VARIANTS.offers, ids=lambda offer: str(offer.key))
+def test_a_warm_up_is_by_the_menus_parameters_and_meets_a_picture_where_one_may_come(offer):
+    text, *rest = warm_up(VARIANTS, offer)
+    assert (text.key, text.refine, text.steps, text.guidance, text.fps) == (offer.key, offer.refine, 4, 1.0, 24)
+    assert not text.pictures
+    assert rest == ([replace(text, steps=1, pictures=(Picture(""),))] if offer.image else [])
 
 
 def test_unknown_nvext_fields_are_ignored_as_dynamo_does():
@@ -119,11 +304,35 @@ FIELDS = [
 ]
 
 
-@given(st.dictionaries(st.sampled_from(FIELDS), JSON))
-def test_no_body_whatever_raises_anything_but_a_request_error(body):
+OWN = st.dictionaries(
+    st.sampled_from(["input_reference_strength", "last_frame_reference", "last_frame_strength", "other"]),
+    JSON | st.floats(0, 1) | st.just(PICTURE),
+)
+NVEXT = st.dictionaries(
+    st.sampled_from(["fps", "num_frames", "negative_prompt", "num_inference_steps", "guidance_scale", "seed"]), JSON
+)
+BODIES = st.fixed_dictionaries(
+    {"prompt": JSON | st.just("a fox"), "model": JSON | st.sampled_from(["ltx2", "hq", "text"])},
+    optional={
+        **{name: JSON for name in FIELDS if name not in ("prompt", "model", "nvext", "extra_args")},
+        "input_reference": st.just(PICTURE),
+        "nvext": JSON | NVEXT,
+        "extra_args": JSON | OWN.map(lambda own: {"media_passthrough": own}),
+    },
+)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON) | BODIES, st.sampled_from([MENU, BASE, VARIANTS]))
+def test_no_body_whatever_raises_anything_but_a_request_error(body, menu):
     try:
-        job, _, _ = parse(body, "id", MENU, Limits())
+        job, _, references = parse(body, "id", menu, Limits())
     except RequestError as error:
         assert str(error)  # noqa: PT017
     else:
-        assert job.shape in MENU.shapes
+        offer = menu.offer(job.key)
+        assert job.refine == offer.refine
+        assert offer.image or not references
+        assert [reference.frame for reference in references] in ([], ["first"], ["last"], ["first", "last"])
+        assert all(0 < reference.strength <= 1 for reference in references)
+        assert 1 <= job.steps <= menu.max_steps
+        assert job.comment
