@@ -84,6 +84,7 @@ class StreamingDecoder:
         last = max(index for index, block in enumerate(blocks) if isinstance(block, DepthToSpaceUpsample))
         self._head = [step for block in blocks[:last] for step in _steps(block)]
         self._tail = [step for block in blocks[last:] for step in _steps(block)]
+        self._stride: tuple[int, int, int] = tuple(blocks[last].stride)
 
     def frames(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """All frames in their order, some at a time: uint8 [frames, height * 3 / 2, width] on the latents' device,
@@ -114,11 +115,12 @@ class StreamingDecoder:
 
     def _window(self, x: torch.Tensor) -> int:
         """How many frames of `x`, what enters the tail, are a window."""
-        # Each upsampling step doubles, the patches are the rest.
-        pixels_of_a_frame = x.shape[3] * x.shape[4] * (2 * self._patch_size) ** 2 * 2
-        # The first window must be longer than what all convolutions together wait for: one frame each, at twice the
-        # rate after the upsampling.
-        at_least = len(self._tail) + 2
+        every, down, across = self._stride
+        pixels_of_a_frame = x.shape[3] * x.shape[4] * down * across * self._patch_size**2 * every
+        # The first window must be longer than what all convolutions together wait for, one frame each: that of the
+        # upsampling before it makes several frames of one (LTX-2.0) or does not (LTX-2.3), the others after it.
+        after = 2 * (len(self._tail) - 1) + 1
+        at_least = math.ceil((after + every) / every) + 1
         return int(max(at_least, WINDOW_PIXELS // pixels_of_a_frame))
 
 

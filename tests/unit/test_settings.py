@@ -151,4 +151,4 @@ def test_a_checkpoint_that_can_not_be_read_is_refused_before_anything_starts(tmp
     readable = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != weights and readable(path, mode))  # root reads all
     with pytest.raises(SettingsError, match=r"a\.safetensors cannot be read by uid \d+: chmod --recursive a\+rX"):
-        Settings(model=tmp_path).check_model()
+        Settings(model=tmp_path).checkpoint()
