@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
 
-from ltx2_pool.model import mp4, pixels
 from ltx2_pool.tools import contactsheet, stack
 from ltx2_pool.words.checkpoint import Kind, Version
 from ltx2_pool.words.menu import Menu
@@ -102,6 +101,8 @@ def cut_out(image: Image.Image) -> bytes:
 
 def uri(file: bytes) -> str:
     """A picture file as a client sends it."""
+    from ltx2_pool.model import pixels
+
     return f"data:image/{pixels.kind_of(file).lower()};base64,{base64.b64encode(file).decode()}"
 
 
@@ -152,6 +153,8 @@ def run(work: Path, out: Path, on_case: Callable[[str], None], **settings: str) 
 
 
 def _one(running: stack.Stack, checkpoint: str, version: Version, case: Case) -> tuple[Outcome, bytes]:
+    from ltx2_pool.model import mp4
+
     answer = running.create(**case.fields)
     if answer.status_code != 200:
         problem = f"HTTP {answer.status_code} {answer.text}"
@@ -180,6 +183,8 @@ def _one(running: stack.Stack, checkpoint: str, version: Version, case: Case) ->
 
 def psnr_of(frame: Pixels, file: bytes) -> float:
     """dB of a frame to a picture file that is resized to it."""
+    from ltx2_pool.model import pixels
+
     height, width = frame.shape[:2]
     picture = np.concatenate(list(pixels.resized(pixels.decode(file, 1 << 26), width, height)))
     error = float(np.mean((frame.astype(np.float64) - picture) ** 2))
