@@ -29,6 +29,7 @@ from tests.paths import REPOSITORY
 WORK = REPOSITORY / ".work"
 MENU = stack.TINY_MENU
 A, B, C = Menu.load(MENU).shapes
+LENIENT = (sys.executable, str(Path(__file__).with_name("lenient_worker.py")))
 WARMUP = (sys.executable, "-m", "ltx2_pool.programs.warmup")
 BENCHMARK = (sys.executable, "-m", "ltx2_pool.programs.benchmark")
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def pool(model: Path, baked: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A worker in pool mode with K=2, shared by all tests: they may kill what is in it, and must not stop it."""
     with stacks(model, baked, tmp_path_factory) as make:
         yield make(
-            program=(sys.executable, str(Path(__file__).with_name("lenient_worker.py"))),
+            program=LENIENT,
             LTX2_POOL_MODE="1",
             LTX2_POOL_MAX_SIZE="2",
             LTX2_MEDIA_OUTPUT_FS_URL=f"file://{tmp_path_factory.mktemp('media')}",

@@ -1,4 +1,7 @@
-"""The worker, except that a seed of 4294967295 gets past its validation as -1: FastVideo then refuses it."""
+"""The worker, but it lets more through: up to 50 steps, so that a job lasts, and a seed that FastVideo then refuses.
+
+That seed is 4294967295, and becomes -1.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ltx2_pool.programs import worker
 from ltx2_pool.words import requests
+from ltx2_pool.words.menu import Menu
 
 strict_parse = requests.parse
 
 
-def parse(*arguments: Any) -> tuple[requests.Job, requests.Delivery]:
-    job, delivery = strict_parse(*arguments)
+def parse(raw: Any, job_id: str, menu: Menu, limits: requests.Limits) -> Any:
+    job, *rest = strict_parse(raw, job_id, dataclasses.replace(menu, max_steps=50), limits)
     if job.seed == requests.MAX_SEED:
         job = dataclasses.replace(job, seed=-1)
-    return job, delivery
+    return job, *rest
 
 
 requests.parse = parse

@@ -34,7 +34,7 @@ from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 
-from .conftest import MENU, A, B, C, ask, check, family, pids, wait
+from .conftest import LENIENT, MENU, A, B, C, ask, check, family, pids, wait
 
 QUICK = Timeouts(spawn=120, weights=120, generation=120, cancel=10, term=10)
 OFFERS = Menu.load(MENU).offers
@@ -215,7 +215,7 @@ def pss_of_weights(pid: int) -> int:
 @pytest.fixture(scope="module")
 def hot(make_stack) -> Stack:
     """A worker as it comes: zygote, shared weights, every shape of the menu started ahead."""
-    running = make_stack(LTX2_POOL_MODE="1", LTX2_POOL_PREWARM="all", LTX2_POOL_READY_MIN="3")
+    running = make_stack(program=LENIENT, LTX2_POOL_MODE="1", LTX2_POOL_PREWARM="all", LTX2_POOL_READY_MIN="3")
     assert {p["state"] for p in running.status()["processes"]} == {"ready"}
     return running
 

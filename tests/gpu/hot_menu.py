@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -66,7 +65,7 @@ class Run:
         (self.out / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
     def host(self) -> ProcessHost:
-        return ProcessHost(self.recipe, self.caches, self.scratch, TIMEOUTS)
+        return ProcessHost(self.recipe, self.caches, self.scratch, TIMEOUTS, offers=self.menu.offers)
 
     async def compile_all(self) -> dict[Shape, Ready]:
         """A warm-up in a fresh process for each shape, some at a time: fills the caches and measures the memory."""
@@ -79,8 +78,9 @@ class Run:
             async with slots:
                 process = host.process(Key(shape))
                 try:
-                    job = dataclasses.replace(requests.warm_up(self.menu, shape), steps=1)
-                    readies[shape] = await host.start_process(process, job)
+                    videos = requests.warm_up(self.menu, self.menu.offer(Key(shape)))
+                    one_step = tuple(dataclasses.replace(video, steps=1) for video in videos)
+                    readies[shape] = await host.start_process(process, one_step)
                 finally:
                     process.kill()
                     await process.exited()
@@ -108,7 +108,7 @@ class Run:
         for _ in range(3):
             process = host.process(Key(shape))
             began = time.monotonic()
-            ready = await host.start_process(process, None)
+            ready = await host.start_process(process)
             entry = {"fork_to_ready_s": time.monotonic() - began, "attach_s": ready.load_s, "videos_s": []}
             for _ in range(3):
                 job = self.job(shape)
@@ -135,7 +135,7 @@ class Run:
             self.videos,
             devices=(here,),
             memory_reserve=4 << 30,
-            warm_up=functools.partial(requests.warm_up, self.menu),
+            warm_up=lambda key: requests.warm_up(self.menu, self.menu.offer(key)),
             ready_min=1,
         )
         cached = self.cached()

@@ -253,8 +253,8 @@ class Run:
 
     async def _start(self, host: ProcessHost) -> ShapeProcess:
         process = host.process(Key(self.shape))
-        cache = CacheDirs.of(self.work / "lent", self.shape)
-        await asyncio.wait_for(host.start_process(process, None, cache), self.left())
+        cache = CacheDirs.of(self.work / "lent", Key(self.shape))
+        await asyncio.wait_for(host.start_process(process, (), cache), self.left())
         return process
 
     async def _borrower(self, host: ProcessHost, entry: dict[str, Any]) -> ShapeProcess:

@@ -31,7 +31,7 @@ from typing import Any
 from ltx2_pool.tools.bench import rivals
 from ltx2_pool.words.recipe import Recipe, VideoPreset, VideoSettings
 from ltx2_pool.words.requests import Job
-from ltx2_pool.words.shapes import CacheDirs, Shape
+from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 from tests.gpu.bake_and_verify import machine
 from tests.paths import REPOSITORY
 
@@ -301,7 +301,7 @@ class Run:
         caches = self.work / "merged"
         caches.mkdir(exist_ok=True)
         for shape in self.shapes:
-            of = CacheDirs.of(self.work / "cache/pool", shape).root
+            of = CacheDirs.of(self.work / "cache/pool", Key(shape)).root
             if of.exists():
                 subprocess.run(["cp", "-r", f"{of}/.", str(caches)], check=True)
         command = [sys.executable, "-m", "tests.gpu.speed", "--out", str(self.arguments.out), "--work", str(caches)]
