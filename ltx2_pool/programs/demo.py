@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Three videos over two shapes, through the real Dynamo frontend, from a pool of shape-pinned processes."""
+"""Four videos over two shapes, through the real Dynamo frontend, from a pool of shape-pinned processes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ with extra("tools"):
     from rich.table import Table
 
     from ltx2_pool.tools import contactsheet, stack, terminal
+    from ltx2_pool.tools.bench import kinds
 
 SHAPES = stack.TINY_MENU
 
@@ -85,6 +86,9 @@ def _demo(console: Console, out: Path, work: Path, logs: Path) -> None:
             made = list(both.map(lambda shape: _make(running, shape, "cold", out, menu.fps), (first, second)))
         console.print(f"cold        two shapes at once in {time.monotonic() - began:.1f} s")
         made.append(_make(running, first, "hot", out, menu.fps))
+        picture = kinds.uri(kinds.file_of(kinds.drawing(0), "PNG"))
+        with console.status("asking for a video that starts from a picture: its graph compiles"):
+            made.append(_make(running, first, "picture", out, menu.fps, input_reference=picture))
     sheet = out / "contact-sheet.png"
     contactsheet.write(
         sheet,
@@ -98,11 +102,11 @@ def _demo(console: Console, out: Path, work: Path, logs: Path) -> None:
     console.print(f"contact sheet: {sheet.relative_to(out.parent)}")
 
 
-def _make(running: stack.Stack, shape: Shape, state: str, out: Path, fps: int) -> Made:
+def _make(running: stack.Stack, shape: Shape, state: str, out: Path, fps: int, **fields: str) -> Made:
     from ltx2_pool.model import mp4
 
     began = time.monotonic()
-    answer = running.create(size=shape.size, nvext={"num_frames": shape.num_frames})
+    answer = running.create(size=shape.size, nvext={"num_frames": shape.num_frames}, **fields)
     seconds = time.monotonic() - began
     if answer.status_code != 200:
         raise DemoError(f"{shape.key}: HTTP {answer.status_code} {answer.text}\n{running.log_tail('worker')}")

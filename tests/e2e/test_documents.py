@@ -91,6 +91,6 @@ def test_the_demo_shows_cold_and_hot_videos(model, baked, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("│") for line in done.stdout.splitlines() if ".mp4" in line]
-    assert [row[2].strip() for row in rows] == ["cold", "cold", "hot"]
-    assert len(list(out.glob("*.mp4"))) == 3
+    assert [row[2].strip() for row in rows] == ["cold", "cold", "hot", "picture"]
+    assert len(list(out.glob("*.mp4"))) == 4
     assert (out / "contact-sheet.png").read_bytes().startswith(b"\x89PNG")
