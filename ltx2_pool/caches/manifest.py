@@ -137,10 +137,11 @@ def binding(recipe: Recipe, offer: Offer, on: Device | None = None) -> Binding:
 def recipe_digest(recipe: Recipe, offer: Offer, on: Device | None = None) -> str:
     """16 hex digits that two workers share when they make the same bytes of the same request and weights.
 
-    Of what a cache is bound to, and of how frames are encoded: PyAV brings the encoders. The weights themselves are in
-    no digest: reading them takes minutes. Raises as :func:`binding`.
+    Of what a cache is bound to, of how frames are encoded, and of what decodes pictures: PyAV brings the encoders. The
+    weights themselves are in no digest: reading them takes minutes. Raises as :func:`binding`.
     """
-    content = binding(recipe, offer, on).model_dump_json() + recipe.video.model_dump_json() + _version("av")
+    codecs = "".join(map(_version, ("av", "pillow", "numpy")))
+    content = binding(recipe, offer, on).model_dump_json() + recipe.video.model_dump_json() + codecs
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

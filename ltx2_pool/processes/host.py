@@ -50,8 +50,8 @@ class Process(ABC):
 
         They are read before this waits for anything, each at the key's picture sizes (`words.menu.Offer`).
 
-        Raises JobFailed (it serves on) or ProcessLost (it does not, and is ended). A call on a process that is not
-        alive raises ProcessLost. Cancelling the task that awaits this kills the process.
+        Raises JobFailed or NoRoom (it serves on) or ProcessLost (it does not, and is ended). A call on a process that
+        is not alive raises ProcessLost. Cancelling the task that awaits this kills the process.
         """
 
     @abstractmethod

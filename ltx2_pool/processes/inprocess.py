@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ltx2_pool.processes.host import Host, Process
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.words.menu import Offer
-from ltx2_pool.words.outcomes import JobFailed, OnEvent, ProcessLost, Reason
+from ltx2_pool.words.outcomes import JobFailed, NoRoom, OnEvent, ProcessLost, Reason
 from ltx2_pool.words.protocol import Done, Memory, Phase, Ready, Step
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.requests import Job
@@ -54,8 +54,8 @@ class InProcessHost(Host):
         self._loading: asyncio.Task[float] | None = None
         self._broken: str | None = None
         self._closed = False
-        self.generators: dict[bool | None, Generator] = {}
-        """By whether the transformer is quantized (`words.menu.Offer.optimize`)."""
+        self.generators: dict[str | None, Generator] = {}
+        """By how the transformer is quantized (`words.recipe.Recipe.quantization`)."""
 
     async def start(self) -> None:
         """As :meth:`ltx2_pool.processes.host.Host.start`."""
@@ -103,6 +103,10 @@ class InProcessHost(Host):
         """How the key's videos are made: from text and in one stage, if it is not on the menu."""
         return self._offers.get(key) or Offer(key.shape, key.variant, image=False)
 
+    def recipe(self, offer: Offer) -> Recipe:
+        """How an offer's videos are made."""
+        return self._recipe.of(offer)
+
     async def start_process(
         self, process: Process, warm_up: tuple[Job, ...] = (), cache: CacheDirs | None = None
     ) -> Ready:
@@ -137,19 +141,19 @@ class InProcessHost(Host):
         self.generators = await self.in_thread(self._build)
         return time.monotonic() - began
 
-    def _build(self) -> dict[bool | None, Generator]:
+    def _build(self) -> dict[str | None, Generator]:
         """One for each transformer that is offered; all else they share. Each makes one stage or two, as a job has."""
         with _own_logging():
             from ltx2_pool.model import engine
 
             offers = list(self._offers.values()) or [Offer(Shape(0, 0, 0), image=False)]
             refine = max(offer.refine for offer in offers)
-            built: dict[bool | None, Generator] = {}
+            recipes = [self.recipe(offer).model_copy(update={"refine": refine}) for offer in offers]
+            built: dict[str | None, Generator] = {}
             shared: dict[str, Any] | None = None
-            for offer in {offer.optimize: offer for offer in offers}.values():
-                recipe = self._recipe.of(offer).model_copy(update={"refine": refine})
-                built[offer.optimize] = engine.build_generator(recipe, shared)
-                modules = built[offer.optimize].modules
+            for how, recipe in {recipe.quantization: recipe for recipe in recipes}.items():
+                built[how] = engine.build_generator(recipe, shared)
+                modules = built[how].modules
                 shared = {name: module for name, module in modules.items() if name != "transformer"}
             return built
 
@@ -212,6 +216,10 @@ class InProcess(Process):
         """As :meth:`ltx2_pool.processes.host.Process.generate`."""
         if not self.alive or self._host.broken is not None:
             raise ProcessLost(NAME, self._why or "killed", self._host.broken or "has been told to end")
+        try:  # now: whoever has the descriptors may close them when nobody waits for this any more
+            mapped = [memoryview(mmap.mmap(each, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)) for each in pixels]
+        except OSError as error:
+            raise NoRoom(f"the pictures of a job could not be mapped: {error}") from error
         self._job = job
         self._stop.clear()
         self._overdue.clear()
@@ -228,8 +236,6 @@ class InProcess(Process):
         def tell(event: Phase | Step) -> None:
             loop.call_soon_threadsafe(deliver, event)
 
-        # Mapped now: whoever has the descriptors may close them when nobody waits for this any more.
-        mapped = [memoryview(mmap.mmap(each, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)) for each in pixels]
         making = asyncio.create_task(self._host.in_thread(self._make, job, output, tell, mapped))
         overdue = asyncio.create_task(self._overdue.wait())
         try:
@@ -270,7 +276,7 @@ class InProcess(Process):
         """Runs in the thread."""
         from ltx2_pool.model import engine, mp4
 
-        generator = self._host.generators[self._host.offer(self.key).optimize]
+        generator = self._host.generators[self._host.recipe(self._host.offer(self.key)).quantization]
         phases: list[tuple[str, float]] = []
 
         def on_phase(phase: str) -> None:

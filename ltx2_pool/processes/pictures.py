@@ -40,7 +40,7 @@ _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUF
 
 
 class PicturesBusy(Exception):
-    """Too many pictures are being decoded. The text is for the client: HTTP 503."""
+    """Too many pictures are being decoded. The text is for the client: HTTP 429."""
 
 
 class DecoderLost(OSError):

@@ -15,7 +15,7 @@ from ltx2_pool.processes.process import ChildProcess, Gone, Timeouts
 from ltx2_pool.processes.slate import Slate
 from ltx2_pool.processes.spawner import Spawner
 from ltx2_pool.processes.weights import WeightsProcess
-from ltx2_pool.words.outcomes import JobFailed, OnEvent, ProcessLost, Reason
+from ltx2_pool.words.outcomes import JobFailed, NoRoom, OnEvent, ProcessLost, Reason
 from ltx2_pool.words.pictures import Size
 from ltx2_pool.words.protocol import Assign, Cancel, Done, Failed, FromChild, Generate, Phase, Ready, Step
 from ltx2_pool.words.recipe import Recipe
@@ -114,10 +114,13 @@ class ShapeProcess(ChildProcess, Process):
             raise await self.loss()
         if not self._ready:
             raise RuntimeError(f"{self} was given job {job.id} before it was READY")
+        if pixels and self._slate is not None:
+            try:
+                self._slate.write(pixels)
+            except OSError as error:  # the process has not been told of the job, and is sound
+                raise NoRoom(f"the process could not be given the pictures of its job: {error}") from error
         self._job, self._on_event, self._cancelled = job, on_event, False
         try:
-            if pixels and self._slate is not None:
-                self._slate.write(pixels)
             async with asyncio.timeout(self._timeouts.generation):
                 answer = await self._ask(Generate(job=job, output=str(output)))
         except Gone:
@@ -125,9 +128,6 @@ class ShapeProcess(ChildProcess, Process):
         except TimeoutError:
             self._doom("gen_timeout", f"took over {self._timeouts.generation:g} s for a video")
             raise await self.loss() from None
-        except OSError as error:
-            self._doom("system", f"could not be given the pictures of its job: {error}")
-            raise await self.loss() from error
         except BaseException:
             self.kill()  # cancelled, or `on_event` raised: the job is not wanted and cannot be taken back in time
             raise

@@ -69,6 +69,11 @@ def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int
     _check_system_port(os.environ.get("DYN_SYSTEM_PORT"))
     checkpoint = settings.checkpoint()
     menu = Menu.load(settings.shapes, checkpoint)
+    if settings.served_model_name in menu.models[1:]:
+        raise SettingsError(
+            f"--served-model-name (LTX2_SERVED_MODEL_NAME) {settings.served_model_name} is a variant's name in "
+            f"{settings.shapes}: choose another"
+        )
     if settings.media_output_fs_url and (missing := missing_for(settings.media_output_fs_url)):
         raise SettingsError(missing)
     device = devices.visible()[0]

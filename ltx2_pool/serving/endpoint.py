@@ -218,6 +218,9 @@ class Worker:
             logger.warning("no metrics and no status: DYN_SYSTEM_PORT is %s", repr(port) if port else "not set")
 
     async def _status(self, _body: object) -> dict[str, Any]:
+        status = self._pool.status()
+        if self._intake.pid is not None:
+            status["helpers"] = {**status.get("helpers", {}), "pictures": self._intake.pid}
         return {
             "version": __version__,
             "model": self._model,
@@ -226,7 +229,7 @@ class Worker:
             "shapes": [str(key) for key in self._menu.keys],
             "traffic": self._traffic.scores(),
             "health": self._pool.health,
-            **self._pool.status(),
+            **status,
         }
 
     async def _until_the_end(self) -> End:
@@ -239,12 +242,7 @@ class Worker:
             await asyncio.wait({starting})
             return end
         await starting
-        if any(offer.image for offer in self._menu.offers):
-            try:
-                await self._intake.start()
-            except OSError as refused:  # it is tried again with each picture
-                logger.error("pictures cannot be decoded now: %s", refused)
-        registering = asyncio.create_task(self._names.register())
+        registering = asyncio.create_task(self._open())
         either: set[asyncio.Future[Any]] = {registering, self._ending}
         await asyncio.wait(either, timeout=REGISTER_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         if not registering.done():
@@ -279,6 +277,15 @@ class Worker:
             for watch in watches:
                 watch.cancel()
             await asyncio.wait(watches)
+
+    async def _open(self) -> None:
+        """Register, with all that the first request may need."""
+        if any(offer.image for offer in self._menu.offers):
+            try:
+                await self._intake.start()
+            except OSError as error:  # it is tried again with each picture
+                logger.error("pictures cannot be decoded now: %s", error)
+        await self._names.register()
 
     async def _kept_up(self, watch: Callable[[], Awaitable[None]]) -> None:
         """A watch that fails says so and begins again: it must not fail in silence, nor end a worker that serves."""

@@ -27,6 +27,11 @@ class Intake:
         self._limits = limits
         self._under_way = 0
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that decodes; None without one."""
+        return self._reader.pid
+
     async def start(self) -> None:
         """Have what decodes ready before the first picture comes. Raises OSError."""
         await self._reader.start()

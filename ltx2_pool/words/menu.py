@@ -195,7 +195,7 @@ class _MenuReader:
             if key not in nodes:
                 self.fail(root, f"{key!r} is missing")
         model = self._scalar(nodes["model"])
-        if not isinstance(model, str) or not model.strip():
+        if not isinstance(model, str) or not model.isprintable() or model != model.strip() or not 0 < len(model) <= 256:
             self.fail(nodes["model"], "model must be the name that clients send, for instance ltx2-distilled")
         numbers = {name: self._number(name, nodes[name]) for name in _NUMBERS if name in nodes}
         default = self._how(Offer(Shape(0, 0, 0)), nodes)

@@ -61,7 +61,7 @@ class Recipe(BaseModel):
     kind: Kind = "auto"
     """What the checkpoint is to be taken for, where it does not say itself (words/checkpoint.py)."""
     image: bool = False
-    """Videos may start from a picture: the VAE's encoder is loaded."""
+    """Videos may start from a picture: a second graph of each size is compiled."""
     refine: int = 0
     """Steps of a second stage at full size, after a first one at half of it; 0: one stage."""
     video: VideoSettings = VideoSettings()

@@ -89,7 +89,7 @@ def test_verify_fails_when_the_cache_lacks_an_entry_that_the_manifest_does_not_k
     (root / "manifest.json").write_text(json.dumps(document))
     done = warmup(model, damaged, "--verify", "--only", A.key)
     assert done.returncode == 1
-    assert "1 autograd misses in the compile cache" in done.stdout
+    assert "2 autograd misses in the compile cache" in done.stdout  # of text, and of a picture
 
 
 def test_strict_policy_refuses_a_cache_baked_otherwise_and_says_how_to_fix_it(model, damaged):
@@ -162,7 +162,8 @@ def test_the_order_of_shapes_does_not_change_the_keys(model, baked, tmp_path):
         output, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors
         found = json.loads(output.splitlines()[-1])
-        assert found == {"graph_keys": 2, "autograd_keys": 2, "hits": 4, "misses": 0}, errors
+        # The third key is of the videos of A that start from a picture.
+        assert found == {"graph_keys": 3, "autograd_keys": 3, "hits": 4, "misses": 0}, errors
 
 
 def test_the_plan_says_what_would_be_started(model, baked):

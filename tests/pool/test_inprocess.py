@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ltx2_pool.model
+from ltx2_pool.processes import inprocess
 from ltx2_pool.processes.inprocess import InProcessHost
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.serving.book import Book
@@ -19,7 +21,7 @@ from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.tools import imaginary
-from ltx2_pool.words.outcomes import JobFailed, JobTimeout, PoolClosed, ProcessLost, QueueFull, Unavailable
+from ltx2_pool.words.outcomes import JobFailed, JobTimeout, NoRoom, PoolClosed, ProcessLost, QueueFull, Unavailable
 from ltx2_pool.words.protocol import Step
 from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import Key
@@ -34,7 +36,10 @@ ENDS = {"exit": SystemExit(5), "stop": StopIteration("on purpose")}
 class Generator:
     """Takes steps for as long as the prompt says; a deaf one does not listen in between."""
 
-    def generate(self, asked, sink, on_phase, on_step):
+    modules: dict[str, object] = {}  # noqa: RUF012 - nothing is in it
+
+    def generate(self, asked, sink, on_phase, on_step, pixels=()):
+        self.seen = [bytes(picture[:4]) for picture in pixels]
         word, _, seconds = asked.prompt.partition(" ")
         on_phase("text")
         on_phase("denoise")
@@ -62,7 +67,9 @@ def loading(monkeypatch) -> Iterator[threading.Event]:
 
     def build(*_):
         loaded.wait(30)
-        return Generator()
+        return built
+
+    built = Generator()
 
     monkeypatch.setattr(imaginary, "build_generator", build)
     for name in ("engine", "mp4"):
@@ -196,3 +203,25 @@ async def test_closing_waits_for_a_deaf_job_no_longer_than_the_grace(loading, tm
     async with asyncio.timeout(5):
         await pool.close()
     assert [type(answer) for answer in await gathered(task)] == [PoolClosed]
+
+
+async def test_pictures_that_cannot_be_mapped_cost_their_job_and_nothing_else(loading, tmp_path, monkeypatch):
+    """They were mapped half-way through: the generator was never free again, and the worker never ended."""
+    pool = pool_of(tmp_path, Timeouts())
+    await pool.start()
+    pixels = os.memfd_create("pixels", os.MFD_CLOEXEC)
+    os.write(pixels, b"seen")
+    try:
+        with monkeypatch.context() as refusing:
+            refusing.setattr(inprocess.mmap, "mmap", _refuse)
+            with pytest.raises(NoRoom, match="could not be mapped"):
+                await pool.generate(job(A), nothing, pixels=[pixels])
+        await pool.generate(job(A), nothing, pixels=[pixels])
+        assert imaginary.build_generator().seen == [b"seen"]
+    finally:
+        os.close(pixels)
+        await pool.close()
+
+
+def _refuse(*_):
+    raise OSError(24, "Too many open files")
