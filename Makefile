@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint unit lock clean
 
-demo: $(INSTALLED)  ## three videos through the real frontend, a table and a contact sheet
+demo: $(INSTALLED)  ## four videos through the real frontend, a table and a contact sheet
 	$(RUN) -m ltx2_pool.programs.demo
 
 test: $(INSTALLED) lint  ## the whole suite
