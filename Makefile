@@ -7,6 +7,9 @@ COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --extra tools --extra s3 --
 	--no-emit-index-url --no-header --no-annotate
 INSTALLED := $(VENV)/.installed
 
+# Every process of the demo and the tests imports torch and FastVideo: twice as long where nobody may keep the bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint unit lock clean
 
 demo: $(INSTALLED)  ## four videos through the real frontend, a table and a contact sheet
