@@ -15,8 +15,8 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(INSTALLED)  ## four videos through the real frontend, a table and a contact sheet
 	$(RUN) -m ltx2_pool.programs.demo
 
-test: $(INSTALLED) lint  ## the whole suite
-	$(RUN) -m pytest
+test: $(INSTALLED) lint  ## the whole suite, two files of tests at a time
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 unit: $(INSTALLED)  ## only what needs no FastVideo
 	$(RUN) -m pytest tests/unit

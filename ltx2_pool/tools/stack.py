@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,14 +46,22 @@ def checkpoint(work: Path, kind: Kind = "distilled", version: Version = "2.0") -
     directory = work / f"{name}-{hashlib.sha256(source).hexdigest()[:8]}"
     if not directory.exists():
         environment = {**os.environ, "FASTVIDEO_LOGGING_LEVEL": "ERROR"}
-        subprocess.run(
-            [sys.executable, "-m", "ltx2_pool.tools.tiny", str(directory), "--kind", kind, "--version", version],
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
+        work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=work) as unfinished:
+            written = Path(unfinished) / "checkpoint"
+            subprocess.run(
+                [sys.executable, "-m", "ltx2_pool.tools.tiny", str(written), "--kind", kind, "--version", version],
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+            try:
+                written.rename(directory)
+            except OSError:
+                if not directory.exists():  # else somebody was faster
+                    raise
     return directory
 
 
