@@ -57,6 +57,7 @@ from ltx2_pool.model.memory import memory as memory
 from ltx2_pool.model.memory import trim_memory as trim_memory
 from ltx2_pool.model.platform import capability as capability
 from ltx2_pool.model.platform import prepare_platform as prepare_platform
+from ltx2_pool.model.rank import ALONE, Rank
 from ltx2_pool.model.wayout import WayOut
 from ltx2_pool.model.weighing import digest as digest
 from ltx2_pool.model.weighing import storages as storages
@@ -261,12 +262,15 @@ def transformer_name(quantization: str | None) -> str:
     return f"transformer@{quantization}" if quantization else "transformer"
 
 
-def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Generator:
+def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None, rank: Rank = ALONE) -> Generator:
     """The one generator factory. Loads the checkpoint, or of that what is not in `modules`.
 
-    Those go by their names in model_index.json, and transformers by :func:`transformer_name`. Raises LoadError when the
-    checkpoint is absent or is none that can be served.
+    Those go by their names in model_index.json, and transformers by :func:`transformer_name`. With a `rank`, it returns
+    when the whole gang has met. Raises LoadError when the checkpoint is absent or is none that can be served, or a
+    gang is asked for and this is none.
     """
+    if recipe.gpus != rank.size:
+        raise LoadError(f"the recipe is for a gang of {recipe.gpus}, and this is one of {rank.size}")
     try:
         checkpoint = Checkpoint.read(Path(recipe.model_path), recipe.kind)
     except CheckpointError as error:
@@ -290,7 +294,7 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
         compile_config.fullgraph = recipe.compile_fullgraph
         compile_config.dynamic = False
     engine = EngineConfig(
-        num_gpus=1,
+        num_gpus=rank.size,
         offload=OffloadConfig(
             dit=False, dit_layerwise=False, text_encoder=False, image_encoder=False, vae=False, pin_cpu_memory=False
         ),
@@ -299,7 +303,7 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     )
     prepare_platform()
     config = GeneratorConfig(recipe.model_path, engine=engine, pipeline=PipelineSelection(workload_type="t2v"))
-    executor = type("BoundExecutor", (InProcessExecutor,), {"modules": modules})
+    executor = type("BoundExecutor", (InProcessExecutor,), {"modules": modules, "rank": rank})
     args = generator_config_to_fastvideo_args(config)
     # Not what the checkpoint has for its default, but what the recipe says (ltx2_pipeline.py: load_modules).
     args.refine_enabled = args.ltx2_refine_enabled = bool(recipe.refine)
