@@ -57,7 +57,8 @@ from ltx2_pool.model.memory import memory as memory
 from ltx2_pool.model.memory import trim_memory as trim_memory
 from ltx2_pool.model.platform import capability as capability
 from ltx2_pool.model.platform import prepare_platform as prepare_platform
-from ltx2_pool.model.rank import ALONE, Rank
+from ltx2_pool.model.rank import ALONE as ALONE
+from ltx2_pool.model.rank import Rank as Rank
 from ltx2_pool.model.wayout import WayOut
 from ltx2_pool.model.weighing import digest as digest
 from ltx2_pool.model.weighing import storages as storages
@@ -122,6 +123,7 @@ class Generator:
         self._checkpoint = checkpoint
         self._args: FastVideoArgs = video_generator.fastvideo_args
         self._executor: InProcessExecutor = video_generator.executor
+        self._rank: Rank = self._executor.rank
         self._on_phase: OnPhase = _ignore
         self._announce(self._stage("prompt_encoding_stage"), "text")
         self._announce(self._stage("latent_preparation_stage"), "denoise")
@@ -155,6 +157,10 @@ class Generator:
         """The pipeline's modules by their name in model_index.json."""
         modules: dict[str, Any] = self._executor.pipeline.modules
         return modules
+
+    def agreed(self, stop: bool) -> bool:
+        """As :meth:`ltx2_pool.model.rank.Rank.agreed`."""
+        return self._rank.agreed(stop)
 
     def _stage(self, name: str) -> Any:
         return self._executor.pipeline._stage_name_mapping.get(name)
@@ -190,6 +196,8 @@ class Generator:
     ) -> None:
         """Make one video. The sink has all of it, and the device is idle, when this returns; None throws it away.
 
+        All ranks of a gang make it together, with one job; rank 0 has the video.
+
         `pixels`: of the job's pictures, RGB in uint8, each once at the size of the video and, in two stages, after
         that at half of it.
 
@@ -217,6 +225,8 @@ class Generator:
         with _step_hook(on_step, job.steps + job.refine), self._stages(job), conditioning.given(pixels, sizes):
             output = self._executor.execute_forward(batch, self._args)
         _synchronize()
+        if not self._rank.first:
+            return
         self._on_phase("decode")
         with torch.no_grad():
             frames = self._frames(output.latents)

@@ -1,9 +1,9 @@
 """One rank of a gang: several processes, each on a device of its own, that make one video together.
 
-The parallelism is FastVideo's (Ulysses, arXiv 2309.14509): each rank has a part of the video's tokens, and of the audio's;
-for self-attention they are exchanged for a part of the heads of all tokens, and every step ends with all ranks having
-all latents. What FastVideo leaves out is here: its transformer becomes parallel when it is built, and a lent one was
-built alone; and ranks that stop do so before the same step.
+The parallelism is FastVideo's (Ulysses, arXiv 2309.14509): each rank has a part of the video's tokens, and of the
+audio's; for self-attention they are exchanged for a part of the heads of all tokens, and every step ends with all
+latents in all ranks. What FastVideo leaves out is here: its transformer becomes parallel when it is built, and a lent
+one was built alone; and ranks that stop do so before the same step.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class Rank:
         os.environ.update(
             LOCAL_RANK="0", RANK=str(self.number), WORLD_SIZE=str(self.size), TORCH_NCCL_AVOID_RECORD_STREAMS="1"
         )
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        # NVLink multicast, which needs rights that containers and virtual machines may lack, is for sums: there are none.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         device = get_local_torch_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)

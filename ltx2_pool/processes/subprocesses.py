@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from ltx2_pool.processes.gang import Gang
 from ltx2_pool.processes.guard import Guard, GuardLost
 from ltx2_pool.processes.host import Host, Process
 from ltx2_pool.processes.pause import HelpersPause
@@ -69,9 +70,9 @@ class ProcessHost(Host):
             self._weights = Weights(borrowing, spawner, self._guard, self._timeouts, self._pause)
             self._weights.on_lost = self._lose_borrowers
         self._tell_weights_lost: Callable[[], None] = lambda: None
-        self._processes: set[ShapeProcess] = set()
+        self._processes: set[ShapeProcess | Gang] = set()
         """Those that were started and have not ended."""
-        self._burials: dict[ShapeProcess, asyncio.Task[None]] = {}
+        self._burials: dict[ShapeProcess | Gang, asyncio.Task[None]] = {}
         self._replaced: dict[Key, CacheDirs] = {}
         self._numbers = itertools.count(1)
 
@@ -83,10 +84,16 @@ class ProcessHost(Host):
         """Start what all shape processes need, now. Raises ProcessLost with reason ``helper``."""
         await self._prepare("helpers")
 
-    def process(self, key: Key, devices: tuple[str, ...] = ()) -> ShapeProcess:
-        """As :meth:`ltx2_pool.processes.host.Host.process`."""
+    def process(self, key: Key, devices: tuple[str, ...] = ()) -> ShapeProcess | Gang:
+        """As :meth:`ltx2_pool.processes.host.Host.process`; on several devices it is a gang."""
         sizes = self._offer(key).picture_sizes if self._offer(key).image else ()
-        return ShapeProcess(key, devices, self._spawner, self._guard, self._timeouts, sizes)
+
+        def process(devices: tuple[str, ...], rank: int | None = None) -> ShapeProcess:
+            return ShapeProcess(key, devices, self._spawner, self._guard, self._timeouts, sizes, rank)
+
+        if len(devices) > 1:
+            return Gang([process((device,), rank) for rank, device in enumerate(devices)], self._timeouts)
+        return process(devices)
 
     def _offer(self, key: Key) -> Offer:
         return self._offers.get(key) or Offer(key.shape, key.variant, image=False)
@@ -95,7 +102,7 @@ class ProcessHost(Host):
         self, process: Process, warm_up: tuple[Job, ...] = (), cache: CacheDirs | None = None
     ) -> Ready:
         """As :meth:`ltx2_pool.processes.host.Host.start_process`."""
-        if not isinstance(process, ShapeProcess):
+        if not isinstance(process, ShapeProcess | Gang):
             raise TypeError(f"not a process of this host: {process}")
         turn = self._pause.turn
         self._own(process)
@@ -103,8 +110,12 @@ class ProcessHost(Host):
             cache = self._cache_of(process.key)
             process.on_compile_failure = lambda: self._on_compile_failure(process.key)
         try:
-            weights = await self._weights_for(process)
-            ready = await process.start(self._recipe.of(self._offer(process.key)), cache, warm_up, weights)
+            recipe = self._recipe.of(self._offer(process.key))
+            if isinstance(process, Gang):
+                weights = await asyncio.gather(*map(self._weights_for, process.ranks))
+                ready = await process.start(recipe, cache, warm_up, weights)
+            else:
+                ready = await process.start(recipe, cache, warm_up, await self._weights_for(process))
         except ProcessLost as lost:
             process.kill()
             await process.loss()
@@ -202,7 +213,7 @@ class ProcessHost(Host):
         cause = str(lost.__cause__) if lost.__cause__ is not None else f"{lost.name}: {lost.what}"
         raise ProcessLost(name, "helper", f"what all processes need did not start: {cause}", lost.tail) from lost
 
-    def _own(self, process: ShapeProcess) -> None:
+    def _own(self, process: ShapeProcess | Gang) -> None:
         self._processes.add(process)
 
         async def bury() -> None:

@@ -91,10 +91,6 @@ class WeightsProcess(ChildProcess):
             raise await self.loss()
         return message.digest
 
-    async def noticed(self) -> None:
-        """Wait until its end is noticed, which is before it is released."""
-        await self._over.wait()
-
 
 @dataclass(frozen=True)
 class Loan:
