@@ -45,7 +45,7 @@ class Rank:
         )
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        # NVLink multicast, which needs rights that containers and virtual machines may lack, is for sums: there are none.
+        # NVLink multicast needs rights that a container may lack, and helps with sums, of which there are none.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         device = get_local_torch_device()
         if device.type == "cuda":
@@ -70,7 +70,7 @@ class Rank:
     def spread(self, transformer: Any) -> None:
         """Let FastVideo's LTX2Transformer3DModel (models/dits/ltx2.py) work on this rank's part, however it was built.
 
-        Before anything is traced, and before its blocks are compiled.
+        Before anything is traced, and before its blocks are compiled. Raises ValueError when it cannot be divided so.
         """
         if self.size == 1:
             return
@@ -78,14 +78,16 @@ class Rank:
         for block in transformer.model.transformer_blocks:
             block.use_distributed_attention = True
             for name in ("attn1", "audio_attn1"):
-                _distribute(getattr(block, name))
+                _distribute(getattr(block, name), self.size)
 
 
 ALONE = Rank()
 
 
-def _distribute(attention: Any) -> None:
+def _distribute(attention: Any, size: int) -> None:
     """An LTXSelfAttention as the LTXDistributedSelfAttention of the same weights."""
+    if attention.heads % size:
+        raise ValueError(f"{attention.heads} attention heads cannot be divided among {size} GPUs: change gpus")
     if isinstance(attention, ltx2.LTXDistributedSelfAttention):
         return
     local = attention.attn

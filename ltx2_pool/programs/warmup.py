@@ -63,7 +63,8 @@ def main() -> int:
         keys = [menu.get(key) for key in arguments.only] if arguments.only else list(menu.keys)
         # The bake's videos are hashed: they are made alike, whatever the operator serves.
         recipe = chosen.recipe.model_copy(update={"video": VideoSettings()})
-        recipe.on(devices.visible()[0].capability)
+        visible = devices.visible()
+        recipe.on(visible[0].capability)
     except (SettingsError, MenuError, RecipeError, DeviceError) as error:
         parser.error(str(error))
     except KeyError as error:
@@ -78,7 +79,7 @@ def main() -> int:
         replace_damaged_caches=False,
         offers=menu.offers,
     )
-    baker = Baker(menu, recipe, chosen.cache_root, host)
+    baker = Baker(menu, recipe, chosen.cache_root, host, [device.id for device in visible])
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with extra("tools"):
         from ltx2_pool.tools.board import Board

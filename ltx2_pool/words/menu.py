@@ -322,6 +322,15 @@ class _MenuReader:
                 offer.shape.half.check()
             except ValueError as error:
                 self.fail(node, str(error))
+        for shape in (offer.shape, *([offer.shape.half] if offer.refine else [])):
+            if shape.tokens % offer.gpus:  # FastVideo would pad them, and attention would see the padding
+                fitting = [str(gpus) for gpus in range(2, MAX_GPUS + 1) if not shape.tokens % gpus]
+                self.fail(
+                    node,
+                    f"{offer.shape.key} cannot be made by {offer.gpus} GPUs: its {shape.tokens} tokens"
+                    f"{' of the first stage' if shape != offer.shape else ''} cannot be divided evenly; "
+                    f"possible: {', '.join(fitting) or 'one GPU only'}",
+                )
         return offer
 
     def _variants(self, node: yaml.Node | None, model: str) -> list[tuple[str, yaml.Node]]:
