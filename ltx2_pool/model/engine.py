@@ -225,13 +225,13 @@ class Generator:
         with _step_hook(on_step, job.steps + job.refine), self._stages(job), conditioning.given(pixels, sizes):
             output = self._executor.execute_forward(batch, self._args)
         _synchronize()
-        if not self._rank.first:
-            return
         self._on_phase("decode")
         with torch.no_grad():
             frames = self._frames(output.latents)
             # The device has these to work on while the many small kernels of the audio are launched.
-            first = next(frames)
+            first = next(frames, None)
+            if first is None:  # this rank's have gone to rank 0
+                return _synchronize()
             output = self._decode_audio(output, self._args)
             audio = output.extra.get("audio")
             if audio is not None and sink is not None:
@@ -256,7 +256,9 @@ class Generator:
 
     def _frames(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         if self._decoder is not None:
-            return self._decoder.frames(latents)
+            return self._decoder.frames(latents, self._rank)
+        if not self._rank.first:
+            return iter(())
         pixels = self._stage("decoding_stage").decode(latents, self._args)  # in 0..1
         return iter([planes(pixels.float() * 2 - 1)])
 

@@ -9,7 +9,7 @@ one was built alone; and ranks that stop do so before the same step.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -67,6 +67,50 @@ class Rank:
         dist.all_reduce(wish, dist.ReduceOp.MAX, get_sp_group().cpu_group)
         return bool(wish.item())
 
+    def share(self, length: int) -> range:
+        """Which of so many things in a row are this rank's."""
+        return range(length * self.number // self.size, length * (self.number + 1) // self.size)
+
+    def other(self, number: int) -> Rank:
+        """Another rank of this gang."""
+        return replace(self, number=number)
+
+    def neighbours(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of a video that the ranks have shared in time, [1, channels, frames, height, width] each, the frame before
+        this rank's and the frame after them; None where it begins or ends. All ranks ask together."""
+        edges = {self.number - 1: x[:, :, :1], self.number + 1: x[:, :, -1:]}
+        edges = {number: _as_it_lies(frame) for number, frame in edges.items() if 0 <= number < self.size}
+        if not edges:
+            return None, None
+        theirs = {number: torch.empty_like(frame) for number, frame in edges.items()}
+        _exchange(edges, theirs)
+        frames = {number: frame.permute(0, 4, 1, 2, 3) for number, frame in theirs.items()}
+        return frames.get(self.number - 1), frames.get(self.number + 1)
+
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
+        """The whole of such a video, in all ranks."""
+        if self.size == 1:
+            return x
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.number] = x.shape[2]
+        dist.all_reduce(lengths, group=get_sp_group().cpu_group)
+        _, channels, _, height, width = x.shape
+        whole = x.new_empty((1, int(lengths.sum()), height, width, channels))
+        parts = whole.split(lengths.tolist(), dim=1)
+        parts[self.number].copy_(x.permute(0, 2, 3, 4, 1))
+        for number, part in enumerate(parts):
+            dist.broadcast(part, number, get_sp_group().device_group)
+        return whole.permute(0, 4, 1, 2, 3)
+
+    def give(self, tensor: torch.Tensor) -> None:
+        """Send it to rank 0, which takes it."""
+        _exchange({0: tensor.contiguous()}, {})
+
+    def take(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        """What that rank gives, in `tensor`."""
+        _exchange({}, {number: tensor})
+        return tensor
+
     def spread(self, transformer: Any) -> None:
         """Let FastVideo's LTX2Transformer3DModel (models/dits/ltx2.py) work on this rank's part, however it was built.
 
@@ -82,6 +126,20 @@ class Rank:
 
 
 ALONE = Rank()
+
+
+def _exchange(given: dict[int, torch.Tensor], taken: dict[int, torch.Tensor]) -> None:
+    """Send to other ranks, and receive from them, by their numbers: at once, over what connects all of them already."""
+    group = get_sp_group().device_group
+    parts = [dist.P2POp(dist.isend, tensor, number, group) for number, tensor in given.items()]
+    parts += [dist.P2POp(dist.irecv, tensor, number, group) for number, tensor in taken.items()]
+    for part in dist.batch_isend_irecv(parts):
+        part.wait()
+
+
+def _as_it_lies(tensor: torch.Tensor) -> torch.Tensor:
+    """A frame or more [1, channels, frames, height, width] as it lies in memory, channels last: that can be sent."""
+    return tensor.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def _distribute(attention: Any, size: int) -> None:
