@@ -6,7 +6,7 @@ fork `serve`. The prompt of a job says how it misbehaves, ``LTX2_IMAGINARY`` how
 can make no file directly in a directory on the way to them, whatever those lists say.
 
 ``LTX2_IMAGINARY`` is a list such as ``64x64@9f=eof,weights=hang``; ``BEHAVIOUR:once:FILE`` misbehaves only while the
-file is absent, and makes it.
+file is absent, and makes it. ``weights on cpu:1=hang`` is meant for one device, and wins.
 """
 
 from __future__ import annotations
