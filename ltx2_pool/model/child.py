@@ -76,11 +76,12 @@ def serve(connection_fd: int, *others: int) -> None:
     threading.Thread(target=_ping, args=[connection], name="ping", daemon=True).start()
     with contextlib.suppress(ParentGone, EOFError, BrokenPipeError, ConnectionResetError):
         first = protocol.decode_from_parent(connection.recv_bytes(protocol.MAX_MESSAGE))
+        where = f" on {os.environ['LTX2_DEVICES']}" if "LTX2_DEVICES" in os.environ else ""
         if isinstance(first, Assign) and others:
-            _set_title(f"ltx2 {first.key}" + (f" rank {first.rank}" if first.recipe.gpus > 1 else ""))
+            _set_title(f"ltx2 {first.key}{where}")
             ShapeServer(connection, started, others).run(first)
         elif isinstance(first, Lend) and others:
-            _set_title("ltx2-weights")
+            _set_title(f"ltx2-weights{where}")
             from ltx2_pool.model.weights import WeightsServer
 
             WeightsServer(connection, socket.socket(fileno=others[-1]), started).run(first)

@@ -15,6 +15,7 @@ from ltx2_pool.processes.process import ChildProcess, Gone, Timeouts
 from ltx2_pool.processes.slate import Slate
 from ltx2_pool.processes.spawner import Spawner
 from ltx2_pool.processes.weights import WeightsProcess
+from ltx2_pool.words.device import shown
 from ltx2_pool.words.outcomes import JobFailed, NoRoom, OnEvent, ProcessLost, Reason
 from ltx2_pool.words.pictures import Size
 from ltx2_pool.words.protocol import Assign, Cancel, Done, Failed, FromChild, Generate, Phase, Ready, Step
@@ -104,7 +105,8 @@ class ShapeProcess(ChildProcess, Process):
             rank=self._rank,
         )
         advice = "raise LTX2_POOL_SPAWN_TIMEOUT if it only needs longer"
-        message = await self.begin(recipe.environment(cache), inherited, assign, self._timeouts.spawn, advice)
+        environment = {**recipe.environment(cache), **shown(self.devices)}
+        message = await self.begin(environment, inherited, assign, self._timeouts.spawn, advice)
         if not isinstance(message, Ready):
             self._doom("spawn_parse_error", f"sent {message.type!r} before READY")
             raise await self.loss()

@@ -5,8 +5,8 @@ fork `serve`. The prompt of a job says how it misbehaves, ``LTX2_IMAGINARY`` how
 :mod:`ltx2_pool.tools.misbehaviour`. With ``--confined`` it is kept out of the other caches as a real child is, and
 can make no file directly in a directory on the way to them, whatever those lists say.
 
-``LTX2_IMAGINARY`` is a list such as ``64x64@9f=eof,weights=hang``, of one rank of a gang ``64x64@9f rank 1=eof``;
-``BEHAVIOUR:once:FILE`` misbehaves only while the file is absent, and makes it.
+``LTX2_IMAGINARY`` is a list such as ``64x64@9f=eof,weights=hang``; ``BEHAVIOUR:once:FILE`` misbehaves only while the
+file is absent, and makes it. ``weights on cpu:1=hang`` is meant for one device, and wins.
 """
 
 from __future__ import annotations

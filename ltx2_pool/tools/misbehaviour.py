@@ -107,7 +107,7 @@ class LoadError(Exception):
 def start(who: str, *, warm_up: bool = False) -> None:
     """What the start of a shape's process, or of the weights process, was told to do, and when."""
     behaviours = dict(item.split("=", 1) for item in os.environ.get("LTX2_IMAGINARY", "").split(",") if item)
-    behaviour = behaviours.get(f"{who} rank {child.rank}") or behaviours.get(who, "")
+    behaviour = behaviours.get(f"{who} on {os.environ.get('LTX2_DEVICES')}", behaviours.get(who, ""))
     if warm_up != (behaviour.partition(":")[0] in ("oom", "compile", "compile unless empty", "no space")):
         return
     behaviour, once, marker = behaviour.partition(":once:")

@@ -32,7 +32,7 @@ from .conftest import WORK
 from .test_warmup import warmup
 
 SHAPE = Shape(96, 64, 17)
-TWO = ("cpu", "cpu")
+TWO = ("cpu:0", "cpu:1")
 ALONE, TOGETHER = Offer(SHAPE), Offer(SHAPE, "gang", gpus=2)
 REFINED = Offer(Shape(128, 64, 9), "refined", gpus=2, refine=2)
 CLOSE = 45.0
@@ -79,7 +79,7 @@ async def studio(model: Path, tmp_path: Path) -> AsyncIterator[Studio]:
     offers = [ALONE, TOGETHER, replace(REFINED, gpus=1, variant="alone"), REFINED]
     timeouts = Timeouts(spawn=120, weights=120, generation=120, cancel=30)
     recipe = Recipe(model_path=str(model), compile=False)
-    host = ProcessHost(recipe, tmp_path / "cache", tmp_path / "scratch", timeouts, offers=offers)
+    host = ProcessHost(recipe, tmp_path / "cache", tmp_path / "scratch", timeouts, offers=offers, devices=TWO)
     await host.start()
     yield Studio(host, videos)
     await host.close()

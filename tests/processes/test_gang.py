@@ -25,7 +25,7 @@ from tests.children import Gate
 from .conftest import KEY, QUICK, SHAPE, Events, job, nothing, soon, warm_up
 
 MakeHost = Callable[..., Any]
-FOUR = tuple(f"device {number}" for number in range(4))
+FOUR = tuple(f"cpu:{number}" for number in range(4))
 IMPATIENT = replace(QUICK, cancel=2)
 
 
@@ -205,7 +205,7 @@ async def test_a_rank_that_hangs_is_found(make_host: MakeHost) -> None:
 async def test_half_a_start_leaves_nothing(
     make_host: MakeHost, starts: Callable[[str], None], behaviour: str, reason: str
 ) -> None:
-    starts(f"{KEY} rank 1={behaviour}")
+    starts(f"{KEY} on cpu:1={behaviour}")
     async with a_gang(make_host, timeouts=replace(QUICK, spawn=60 if behaviour != "hang" else 6)) as place:
         gang = place.host.process(KEY, FOUR[:3])
         place.host._offers[KEY] = Offer(SHAPE, gpus=3)
@@ -220,7 +220,7 @@ async def test_cancelling_a_start_ends_all_ranks(
     make_host: MakeHost, starts: Callable[[str], None], gate: Callable[[], Gate]
 ) -> None:
     door = gate()
-    starts(f"{KEY} rank 1=gate{door.path}")
+    starts(f"{KEY} on cpu:1=gate{door.path}")
     async with a_gang(make_host) as place:
         gang = place.host.process(KEY, FOUR[:2])
         starting = asyncio.create_task(place.host.start_process(gang))
