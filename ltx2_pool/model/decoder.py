@@ -111,12 +111,13 @@ class StreamingDecoder:
         for step in self._head:
             x = step.whole(x, rank)
         x = rank.gathered(x)
-        if not rank.first:
-            rank.give(torch.cat(list(self._part(x, rank))))
-            return
         length, height, width = x.shape[2], *self._size(x)
-        yield from self._part(x, rank)
-        del x
+        part = self._part(x, rank)
+        del x  # it is large, and `part` knows when it is not needed any more
+        if not rank.first:
+            rank.give(torch.cat(list(part)))
+            return
+        yield from part
         for number in range(1, rank.size):
             made = latents.new_empty(
                 (self._count(length, rank.other(number)), height * 3 // 2, width), dtype=torch.uint8
@@ -128,7 +129,9 @@ class StreamingDecoder:
         share, every = rank.share(x.shape[2]), self._stride[0]
         begin = max(0, share.start - self._reach)
         skipped, left = every * (share.start - begin), self._count(x.shape[2], rank)
-        for made in self._tail_of(x[:, :, begin : share.stop + self._reach]):
+        windows = self._tail_of(x[:, :, begin : share.stop + self._reach])
+        del x
+        for made in windows:
             wanted = made[skipped : skipped + left]
             skipped = max(0, skipped - len(made))
             left -= len(wanted)

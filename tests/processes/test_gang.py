@@ -92,7 +92,7 @@ async def test_each_rank_is_given_the_pictures(make_host: MakeHost) -> None:
         await place.make(gang)
 
 
-@pytest.mark.parametrize("victim", [0, 1, 3])
+@pytest.mark.parametrize("victim", [0, 3])
 async def test_a_rank_that_is_killed_takes_the_others_with_it(make_host: MakeHost, victim: int) -> None:
     async with a_gang(make_host, 4) as place:
         gang = await ready(place, 4)
@@ -206,7 +206,7 @@ async def test_half_a_start_leaves_nothing(
     make_host: MakeHost, starts: Callable[[str], None], behaviour: str, reason: str
 ) -> None:
     starts(f"{KEY} on cpu:1={behaviour}")
-    async with a_gang(make_host, timeouts=replace(QUICK, spawn=60 if behaviour != "hang" else 6)) as place:
+    async with a_gang(make_host, timeouts=replace(QUICK, spawn=60 if behaviour != "hang" else 4)) as place:
         gang = place.host.process(KEY, FOUR[:3])
         place.host._offers[KEY] = Offer(SHAPE, gpus=3)
         with pytest.raises(ProcessLost) as caught:
