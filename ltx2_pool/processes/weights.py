@@ -173,9 +173,7 @@ class Weights:
                 raise ProcessLost("weights", "helper", f"{self._process} does not end, although it was killed")
             if self._closing:
                 raise ProcessLost("weights", "killed", "is not started any more: the worker is shutting down")
-            process = self._process = WeightsProcess(
-                self._device, self._spawner, self._guard, self._timeouts
-            )
+            process = self._process = WeightsProcess(self._device, self._spawner, self._guard, self._timeouts)
             lent = await process.start(self._recipes, self._loan)
         except ProcessLost as lost:
             if not self._closing:
