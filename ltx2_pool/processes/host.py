@@ -95,7 +95,7 @@ class Host(ABC):
         """
 
     def on_weights_lost(self, call: Callable[[str], None]) -> None:  # noqa: B027 - not every host lends
-        """Have `call` called with a device whose lent weights can no longer be trusted; it must kill the processes there."""
+        """Tell `call` of a device whose lent weights can no longer be trusted: it must kill the processes there."""
 
     def lending(self, device: str) -> Lending | None:
         """What is lent to the processes of a device; None without that, or while it is not loaded."""

@@ -56,7 +56,7 @@ class ProcessHost(Host):
         offers: Iterable[Offer] = (),
         devices: Sequence[str] = (CPU.id,),
     ) -> None:
-        """`devices`: all that processes may run on, by id. A child sees its own; ``cpu`` is whatever this process sees."""
+        """`devices`: all that processes may run on, by id. A child sees its own; ``cpu`` is what this process sees."""
         self._recipe = recipe
         self._offers = {offer.key: offer for offer in offers}
         self._cache_root = cache_root

@@ -105,8 +105,8 @@ def visible(environment: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
 def select(asked: str, environment: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
     """The devices that ``--devices`` names: ``all`` visible ones, or a list with commas between.
 
-    All are those of one kind, the first's. An entry of a list is an index among the visible ones, the UUID of one or its beginning, or ``cpu:N``, a stand-in for a GPU that
-    has an equal share of main memory. Raises DeviceError.
+    All are those of one kind, the first's. An entry of a list is an index among the visible ones, a UUID or its
+    beginning, or ``cpu:N``, a stand-in for a GPU that has an equal share of main memory. Raises DeviceError.
     """
     there = visible(environment)
     entries = [entry.strip() for entry in asked.split(",")]

@@ -60,7 +60,7 @@ async def test_a_budget_is_not_measured_while_the_weights_are_dying(make_pool, g
         known={},
         prewarm=[A],
         devices=DEVICES,
-        warm_up=lambda shape: job(shape, prompts.pop() if prompts else "fine"),
+        warm_up=lambda shape: (job(shape.shape, prompts.pop() if prompts else "fine"),),
     ) as pool:
         pools.append(pool)
         fd = await door.wait_for_child()
