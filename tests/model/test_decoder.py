@@ -106,8 +106,9 @@ class Thread(Rank):
         return tensor.copy_(self.queues[number, 0].get(timeout=60))
 
 
-@pytest.mark.parametrize("window", [1, decoder.WINDOW_PIXELS])
-@pytest.mark.parametrize(("size", "frames"), [(2, 1), (2, 2), (2, 7), (3, 7), (4, 16)])
+@pytest.mark.parametrize(
+    ("size", "frames", "window"), [(2, 1, 1), (2, 2, 1), (2, 16, decoder.WINDOW_PIXELS), (3, 7, 1), (4, 8, 1)]
+)
 @pytest.mark.parametrize("version", OF_VERSION)
 def test_ranks_share_the_frames(monkeypatch, version, size, frames, window):
     monkeypatch.setattr(decoder, "WINDOW_PIXELS", window)
