@@ -22,6 +22,7 @@ from typing import Any
 from ltx2_pool.caches import manifest as manifests
 from ltx2_pool.caches.manifest import Manifest
 from ltx2_pool.processes.subprocesses import ProcessHost
+from ltx2_pool.words.device import CPU
 from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.outcomes import JobFailed, ProcessLost
 from ltx2_pool.words.pictures import Picture, Size
@@ -103,7 +104,11 @@ def lock(cache_root: Path) -> Iterator[None]:
 class Baker:
     """Bakes and verifies what is on one menu, below one cache root. `recipe` is what all of it has in common."""
 
-    def __init__(self, menu: Menu, recipe: Recipe, cache_root: Path, host: ProcessHost) -> None:
+    def __init__(
+        self, menu: Menu, recipe: Recipe, cache_root: Path, host: ProcessHost, devices: Sequence[str] = (CPU.id,)
+    ) -> None:
+        """`devices`: ids of those that there are; a gang gets as many as it needs."""
+        self._devices = tuple(devices)
         self._menu = menu
         self._recipe = recipe
         self._cache_root = cache_root
@@ -210,7 +215,7 @@ class Baker:
             _set_writable(copy.root, False)
             try:
                 await self._verify_copy(key, copy, manifest, report, on_state)
-            except (OSError, JobFailed, ProcessLost) as error:
+            except (OSError, BakeError, JobFailed, ProcessLost) as error:
                 report.problems.append(str(error))
             finally:
                 _set_writable(copy.root, True)
@@ -260,6 +265,16 @@ class Baker:
             if baked != made:
                 report.problems.append(f"{what}: baked sha256 {baked[:12]}, made {made[:12]}")
 
+    def _devices_for(self, key: Key) -> tuple[str, ...]:
+        gpus = self._menu.offer(key).gpus
+        if set(self._devices) == {CPU.id}:  # it can stand for any number
+            return (CPU.id,) * gpus
+        if len(self._devices) < gpus:
+            raise BakeError(
+                f"it is made by {gpus} GPUs together, and here are {len(self._devices)}: bake where it runs"
+            )
+        return self._devices[:gpus]
+
     def _job(self, key: Key, **parameters: Any) -> Job:
         defaults = {
             "prompt": PROMPT,
@@ -276,7 +291,7 @@ class Baker:
         self, key: Key, cache: CacheDirs, report: Report, on_state: OnState
     ) -> AsyncIterator[Callable[[Job], Any]]:
         """A fresh shape process on that cache; yields a function that makes a video and returns what it took."""
-        process = self._host.process(key)
+        process = self._host.process(key, self._devices_for(key))
         given = picture(self._menu.offer(key).picture_sizes)
         with tempfile.TemporaryDirectory(prefix="ltx2-warmup-") as output_dir:
 

@@ -55,6 +55,7 @@ class Binding(BaseModel):
     kind: str
     image: bool
     refine: int
+    gpus: int = 1
     model_config_digest: str
     """SHA-256 over the checkpoint's configuration files; the weights are not part of any key."""
 

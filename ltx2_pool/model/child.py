@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -75,12 +76,12 @@ def serve(connection_fd: int, *others: int) -> None:
     threading.Thread(target=_ping, args=[connection], name="ping", daemon=True).start()
     with contextlib.suppress(ParentGone, EOFError, BrokenPipeError, ConnectionResetError):
         first = protocol.decode_from_parent(connection.recv_bytes(protocol.MAX_MESSAGE))
+        where = f" on {os.environ['LTX2_DEVICES']}" if "LTX2_DEVICES" in os.environ else ""
         if isinstance(first, Assign) and others:
-            _set_title(f"ltx2 {first.key}")
-            slate, *desk = others
-            ShapeServer(connection, started, slate).run(first, socket.socket(fileno=desk[0]) if desk else None)
+            _set_title(f"ltx2 {first.key}{where}")
+            ShapeServer(connection, started, others).run(first)
         elif isinstance(first, Lend) and others:
-            _set_title("ltx2-weights")
+            _set_title(f"ltx2-weights{where}")
             from ltx2_pool.model.weights import WeightsServer
 
             WeightsServer(connection, socket.socket(fileno=others[-1]), started).run(first)
@@ -118,21 +119,22 @@ def _ping(connection: Connection) -> None:
 class ShapeServer:
     """Serves one shape over one Connection, in the main thread."""
 
-    def __init__(self, connection: Connection, started: float, slate: int) -> None:
-        """`slate`: a descriptor of the memory where the pixels of a job's pictures are."""
+    def __init__(self, connection: Connection, started: float, inherited: Sequence[int]) -> None:
+        """`inherited`: descriptors of the memory where the pixels of a job's pictures are, and of what Assign says."""
         self._connection = connection
         self._started = started
-        self._slate = slate
+        self._slate, *self._others = inherited
         self._pixels: list[memoryview] = []
         self._busy = False
         self._stopping = False
+        self._rank = 0
         self._video = VideoSettings()
 
-    def run(self, assign: Assign, desk: socket.socket | None) -> None:
+    def run(self, assign: Assign) -> None:
         """Returns after SIGTERM or a fatal error. Raises ParentGone."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
-            generator, ready = self._start(assign, desk)
+            generator, ready = self._start(assign)
         except Exception as error:
             traceback.print_exc()
             kind = _kind(error)
@@ -149,19 +151,20 @@ class ShapeServer:
             if isinstance(message, Generate) and not self._serve(generator, message):
                 return
 
-    def _start(self, assign: Assign, desk: socket.socket | None) -> tuple[Generator, Ready]:
+    def _start(self, assign: Assign) -> tuple[Generator, Ready]:
         from ltx2_pool.model import engine
 
         imported = time.monotonic()
-        self._video = assign.recipe.video
+        self._video, self._rank = assign.recipe.video, assign.rank
+        if len(self._others) != assign.borrow + (assign.recipe.gpus > 1):
+            raise protocol.ProtocolError(f"{len(self._others)} descriptors are not what the start message says")
         modules = None
         if assign.borrow:
             from ltx2_pool.model.weights import borrow
 
-            if desk is None:
-                raise protocol.ProtocolError("told to borrow the weights, but without a socket to their process")
-            modules = borrow(desk)
-        generator = engine.build_generator(assign.recipe, modules)
+            modules = borrow(socket.socket(fileno=self._others.pop(0)))
+        rank = engine.Rank(assign.rank, assign.recipe.gpus, *self._others)
+        generator = engine.build_generator(assign.recipe, modules, rank)
         loaded = time.monotonic()
         if assign.picture_sizes:
             slate = mmap.mmap(self._slate, 0, prot=mmap.PROT_READ)
@@ -203,17 +206,19 @@ class ShapeServer:
             self._send(Phase(job_id=job.id, phase=phase))
 
         def on_step(done: int, total: int) -> None:
-            if self._cancelled(job.id):
+            if generator.agreed(self._cancelled(job.id)):
                 raise engine.Cancelled
             self._send(Step(job_id=job.id, done=done, total=total))
 
         before = engine.compiled_so_far()
         output: int | None = None
+        sample_rate = 0
         try:
-            # First, because a directory that is gone or full must not cost the device a video. The worker has made the
-            # file, and removes it; another one, or a link in its place, is not written to.
-            output = os.open(message.output, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            # First, because a directory that is gone or full must not cost the device a video.
+            output = self._open(generator, message.output)
+            if output is None:
+                generator.generate(job, None, on_phase, on_step, self._pixels)
+            else:
                 # FFmpeg opens it again by its descriptor (it moves the index to the front in the end), so that nobody
                 # can put another file in its place meanwhile.
                 with mp4.Encoder(Path(f"/proc/self/fd/{output}"), job, self._video) as encoder:
@@ -221,8 +226,7 @@ class ShapeServer:
                     engine.trim_memory()  # before "encode" is said: the device is another job's then
                     on_phase("encode")
                     encoder.finish()
-            finally:
-                os.close(output)
+                sample_rate = encoder.sample_rate
         except engine.Cancelled as error:
             kind: Kind = "cancelled"
             text = "cancelled"
@@ -238,12 +242,34 @@ class ShapeServer:
             engine.trim_memory()
             return Done(
                 job_id=job.id,
-                sample_rate=encoder.sample_rate,
+                sample_rate=sample_rate,
                 phases={name: end - begin for (name, begin), end in zip(phases, ends, strict=True)},
                 compiled=engine.compiled_so_far().since(before),
                 memory=engine.memory(generator.weights_bytes),
             )
+        finally:
+            if output is not None:
+                os.close(output)
         return Failed(job_id=job.id, kind=kind, error=text, memory=memory)
+
+    def _open(self, generator: Generator, path: str) -> int | None:
+        """The job's file, in rank 0; the other ranks have none. All wait here until it is open.
+
+        The worker has made it, and removes it; another one, or a link in its place, is not written to. Raises OSError;
+        in the other ranks Cancelled.
+        """
+        from ltx2_pool.model import engine
+
+        output: int | None = None
+        failed: OSError | None = None
+        if self._rank == 0:
+            try:
+                output = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError as error:
+                failed = error
+        if generator.agreed(failed is not None):
+            raise failed or engine.Cancelled
+        return output
 
     def _cancelled(self, job_id: str) -> bool:
         while self._connection.poll(0):

@@ -8,13 +8,16 @@ window, and the first frames are on their way to the encoder while later ones ar
 
 Nothing here is compiled for a shape. Between two convolutions everything is one pass over the frames, a kernel of our
 own on a GPU (:mod:`ltx2_pool.model.kernels`), so that a shape costs no tracing, and a cache holds nothing of it.
+
+The ranks of a gang share the frames. In the small part each convolution asks its neighbours for the frame beside its
+own; in the large one each rank begins earlier and ends later by what its convolutions see, and drops what that made.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,8 @@ from fastvideo.models.vaes.ltx2vae import (
     UNetMidBlock3D,
     unpatchify,
 )
+
+from ltx2_pool.model.rank import ALONE, Rank
 
 WINDOW_PIXELS = 1 << 23
 """Pixels of a window's frames, more or less: 21 frames of 768x512, and as few as can be of 1920x1088. The smaller, the
@@ -86,19 +91,59 @@ class StreamingDecoder:
         self._tail = [step for block in blocks[last:] for step in _steps(block)]
         self._stride: tuple[int, int, int] = tuple(blocks[last].stride)
 
-    def frames(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    def frames(self, latents: torch.Tensor, rank: Rank = ALONE) -> Iterator[torch.Tensor]:
         """All frames in their order, some at a time: uint8 [frames, height * 3 / 2, width] on the latents' device,
         each an I420 picture (all of Y, then U, then V) as :func:`planes` makes it.
 
-        `latents` are [1, channels, frames, height, width], normalized, as the transformer leaves them.
+        `latents` are [1, channels, frames, height, width], normalized, as the transformer leaves them. All ranks of a
+        gang call this together; rank 0 has all frames, the others have none.
         """
+        if latents.shape[2] < rank.size:
+            if not rank.first:
+                return
+            rank = ALONE
         std = self._statistics.get_buffer("std-of-means").float().view(1, -1, 1, 1, 1)
         mean = self._statistics.get_buffer("mean-of-means").float().view(1, -1, 1, 1, 1)
         # As PerChannelStatistics.un_normalize, but in float32.
         x = (latents.float() * std + mean).to(self._enter.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
-        x, _ = self._enter(x, None, True)
+        share = rank.share(x.shape[2])
+        x = self._enter.whole(x[:, :, share.start : share.stop], rank)
         for step in self._head:
-            x, _ = step(x, None, True)
+            x = step.whole(x, rank)
+        x = rank.gathered(x)
+        length, height, width = x.shape[2], *self._size(x)
+        part = self._part(x, rank)
+        del x  # it is large, and `part` knows when it is not needed any more
+        if not rank.first:
+            rank.give(torch.cat(list(part)))
+            return
+        yield from part
+        for number in range(1, rank.size):
+            made = latents.new_empty(
+                (self._count(length, rank.other(number)), height * 3 // 2, width), dtype=torch.uint8
+            )
+            yield from rank.take(number, made).split(max(1, WINDOW_PIXELS // (height * width)))
+
+    def _part(self, x: torch.Tensor, rank: Rank) -> Iterator[torch.Tensor]:
+        """A rank's frames, of all that enters the tail."""
+        share, every = rank.share(x.shape[2]), self._stride[0]
+        begin = max(0, share.start - self._reach)
+        skipped, left = every * (share.start - begin), self._count(x.shape[2], rank)
+        windows = self._tail_of(x[:, :, begin : share.stop + self._reach])
+        del x
+        for made in windows:
+            wanted = made[skipped : skipped + left]
+            skipped = max(0, skipped - len(made))
+            left -= len(wanted)
+            if len(wanted):
+                yield wanted
+
+    def _count(self, length: int, rank: Rank) -> int:
+        """How many frames a rank makes when so many enter the tail; the very first is dropped where time is doubled."""
+        share, every = rank.share(length), self._stride[0]
+        return every * len(share) - (every - 1 if share.stop == length else 0)
+
+    def _tail_of(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         length = self._window(x)
         starts = range(0, x.shape[2], length)
         carries: list[Carry] = [None] * len(self._tail)
@@ -115,21 +160,33 @@ class StreamingDecoder:
 
     def _window(self, x: torch.Tensor) -> int:
         """How many frames of `x`, what enters the tail, are a window."""
-        every, down, across = self._stride
-        pixels_of_a_frame = x.shape[3] * x.shape[4] * down * across * self._patch_size**2 * every
-        # The first window must be longer than what all convolutions together wait for, one frame each: that of the
-        # upsampling before it makes several frames of one (LTX-2.0) or does not (LTX-2.3), the others after it.
-        after = 2 * (len(self._tail) - 1) + 1
-        at_least = math.ceil((after + every) / every) + 1
-        return int(max(at_least, WINDOW_PIXELS // pixels_of_a_frame))
+        height, width = self._size(x)
+        # The first window must be longer than what all convolutions together wait for.
+        return int(max(self._reach, WINDOW_PIXELS // (height * width * self._stride[0])))
+
+    @property
+    def _reach(self) -> int:
+        """More frames before the tail than a frame behind it sees to either side: each convolution sees one, that of
+        the upsampling before it makes several frames of one (LTX-2.0) or does not (LTX-2.3), the others after it."""
+        every, after = self._stride[0], 2 * (len(self._tail) - 1) + 1
+        return math.ceil((after + every) / every) + 1
+
+    def _size(self, x: torch.Tensor) -> tuple[int, int]:
+        """Height and width of the video, by what enters the tail."""
+        _, down, across = self._stride
+        return x.shape[3] * down * self._patch_size, x.shape[4] * across * self._patch_size
 
 
-Step = Callable[[torch.Tensor, Carry, bool], tuple[torch.Tensor, Carry]]
-"""A block: a window of frames [1, channels, frames, height, width], what is carried, and whether the window is the
-last; returns the frames that can be said by now, and what to carry."""
+class _Step(Protocol):
+    def __call__(self, x: torch.Tensor, carry: Carry, last: bool) -> tuple[torch.Tensor, Carry]:
+        """A window of frames [1, channels, frames, height, width], what is carried, and whether the window is the last;
+        returns the frames that can be said by now, and what to carry."""
+
+    def whole(self, x: torch.Tensor, rank: Rank) -> torch.Tensor:
+        """All frames at once, or all of a rank."""
 
 
-def _steps(block: Any) -> Iterator[Step]:
+def _steps(block: Any) -> Iterator[_Step]:
     if isinstance(block, DepthToSpaceUpsample):
         yield _Upsampling(block)
     else:
@@ -150,6 +207,13 @@ class _Convolution:
         y = F.conv3d(padded(x, before, last, activated, self._reflect), self.weight, self._bias)
         return y, _last_two(x, before)
 
+    def whole(self, x: torch.Tensor, rank: Rank, *, activated: bool = False) -> torch.Tensor:
+        """A rank's frames of the whole, and as many of them."""
+        before, after = rank.neighbours(x)
+        if after is not None:
+            x = torch.cat((x, after), dim=2)
+        return F.conv3d(padded(x, before, after is None, activated, self._reflect), self.weight, self._bias)
+
 
 class _Residual:
     """ResnetBlock3D. What it returns begins two frames before the window: one for each convolution."""
@@ -163,6 +227,10 @@ class _Residual:
         y, kept_inner = self._two(inner, before_inner, last, activated=True)
         _add(y, x, before)
         return y, (kept, kept_inner)
+
+    def whole(self, x: torch.Tensor, rank: Rank) -> torch.Tensor:
+        """As the convolution's."""
+        return self._two.whole(self._one.whole(x, rank, activated=True), rank, activated=True).add_(x)
 
 
 class _Upsampling:
@@ -178,6 +246,11 @@ class _Upsampling:
         y, kept = self._conv(x, before, last)
         y = to_space(y, self._stride, x, before, self._repeats)
         return y, (kept,)
+
+    def whole(self, x: torch.Tensor, rank: Rank) -> torch.Tensor:
+        """As the convolution's, but of several frames for one."""
+        before = None if rank.first else x[:, :, :1]  # it is there, and none of `x` is late by it
+        return to_space(self._conv.whole(x, rank), self._stride, x, before, self._repeats)
 
 
 def pictures(x: torch.Tensor, patch: int) -> torch.Tensor:

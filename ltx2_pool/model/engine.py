@@ -56,6 +56,8 @@ from ltx2_pool.model.memory import memory as memory
 from ltx2_pool.model.memory import trim_memory as trim_memory
 from ltx2_pool.model.platform import capability as capability
 from ltx2_pool.model.platform import prepare_platform as prepare_platform
+from ltx2_pool.model.rank import ALONE as ALONE
+from ltx2_pool.model.rank import Rank as Rank
 from ltx2_pool.model.wayout import WayOut
 from ltx2_pool.model.weighing import digest as digest
 from ltx2_pool.model.weighing import storages as storages
@@ -118,6 +120,7 @@ class Generator:
         self._checkpoint = checkpoint
         self._args: FastVideoArgs = video_generator.fastvideo_args
         self._executor: InProcessExecutor = video_generator.executor
+        self._rank: Rank = self._executor.rank
         self._on_phase: OnPhase = _ignore
         self._announce(self._stage("prompt_encoding_stage"), "text")
         self._announce(self._stage("latent_preparation_stage"), "denoise")
@@ -151,6 +154,10 @@ class Generator:
         """The pipeline's modules by their name in model_index.json."""
         modules: dict[str, Any] = self._executor.pipeline.modules
         return modules
+
+    def agreed(self, stop: bool) -> bool:
+        """As :meth:`ltx2_pool.model.rank.Rank.agreed`."""
+        return self._rank.agreed(stop)
 
     def _stage(self, name: str) -> Any:
         return self._executor.pipeline._stage_name_mapping.get(name)
@@ -186,6 +193,8 @@ class Generator:
     ) -> None:
         """Make one video. The sink has all of it, and the device is idle, when this returns; None throws it away.
 
+        All ranks of a gang make it together, with one job; rank 0 has the video.
+
         `pixels`: of the job's pictures, RGB in uint8, each once at the size of the video and, in two stages, after
         that at half of it.
 
@@ -219,7 +228,9 @@ class Generator:
         with torch.no_grad():
             frames = self._frames(output.latents)
             # The device has these to work on while the many small kernels of the audio are launched.
-            first = next(frames)
+            first = next(frames, None)
+            if first is None:  # this rank's have gone to rank 0
+                return _synchronize()
             output = self._decode_audio(output, self._args)
             audio = output.extra.get("audio")
             if audio is not None and sink is not None:
@@ -244,7 +255,9 @@ class Generator:
 
     def _frames(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         if self._decoder is not None:
-            return self._decoder.frames(latents)
+            return self._decoder.frames(latents, self._rank)
+        if not self._rank.first:
+            return iter(())
         pixels = self._stage("decoding_stage").decode(latents, self._args)  # in 0..1
         return iter([planes(pixels.float() * 2 - 1)])
 
@@ -260,12 +273,15 @@ def transformer_name(quantization: str | None) -> str:
     return f"transformer@{quantization}" if quantization else "transformer"
 
 
-def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Generator:
+def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None, rank: Rank = ALONE) -> Generator:
     """The one generator factory. Loads the checkpoint, or of that what is not in `modules`.
 
-    Those go by their names in model_index.json, and transformers by :func:`transformer_name`. Raises LoadError when the
-    checkpoint is absent or is none that can be served.
+    Those go by their names in model_index.json, and transformers by :func:`transformer_name`. With a `rank`, it returns
+    when the whole gang has met. Raises LoadError when the checkpoint is absent or is none that can be served, or a
+    gang is asked for and this is none.
     """
+    if recipe.gpus != rank.size:
+        raise LoadError(f"the recipe is for a gang of {recipe.gpus}, and this is one of {rank.size}")
     try:
         checkpoint = Checkpoint.read(Path(recipe.model_path), recipe.kind)
     except CheckpointError as error:
@@ -289,7 +305,7 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
         compile_config.fullgraph = recipe.compile_fullgraph
         compile_config.dynamic = False
     engine = EngineConfig(
-        num_gpus=1,
+        num_gpus=rank.size,
         offload=OffloadConfig(
             dit=False, dit_layerwise=False, text_encoder=False, image_encoder=False, vae=False, pin_cpu_memory=False
         ),
@@ -298,7 +314,7 @@ def build_generator(recipe: Recipe, modules: dict[str, Any] | None = None) -> Ge
     )
     prepare_platform()
     config = GeneratorConfig(recipe.model_path, engine=engine, pipeline=PipelineSelection(workload_type="t2v"))
-    executor = type("BoundExecutor", (InProcessExecutor,), {"modules": modules})
+    executor = type("BoundExecutor", (InProcessExecutor,), {"modules": modules, "rank": rank})
     args = generator_config_to_fastvideo_args(config)
     # Not what the checkpoint has for its default, but what the recipe says (ltx2_pipeline.py: load_modules).
     args.refine_enabled = args.ltx2_refine_enabled = bool(recipe.refine)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from typing import Any
 
-import torch
-from fastvideo.distributed import maybe_init_distributed_environment_and_model_parallel
-from fastvideo.distributed.parallel_state import get_local_torch_device
 from fastvideo.fastvideo_args import FastVideoArgs
 from fastvideo.pipelines import ForwardBatch, build_pipeline
 from fastvideo.worker.executor import Executor
+
+from ltx2_pool.model.rank import ALONE, Rank
 
 
 class InProcessExecutor(Executor):  # type: ignore[misc]
@@ -23,24 +20,19 @@ class InProcessExecutor(Executor):  # type: ignore[misc]
 
     modules: dict[str, Any] | None = None
     """Modules to use instead of loading them; set on a subclass by :func:`build_generator`."""
+    rank: Rank = ALONE
+    """Of this process in its gang; set likewise."""
 
     def _init_executor(self) -> None:
         args: FastVideoArgs = self.fastvideo_args
-        # As FastVideo's worker/gpu_worker.py: Worker.init_device does for rank 0 of 1.
-        os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", TORCH_NCCL_AVOID_RECORD_STREAMS="1")
-        device = get_local_torch_device()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        args.finalize_device_offload_policy(device.index or 0)
-        with tempfile.TemporaryDirectory(prefix="ltx2-rendezvous-") as rendezvous:
-            # A file, not a TCP port: processes that start together cannot race for it.
-            maybe_init_distributed_environment_and_model_parallel(1, 1, f"file://{rendezvous}/store")
+        args.finalize_device_offload_policy(self.rank.join().index or 0)
         if self.modules is None:
             self.pipeline = build_pipeline(args)
         else:
             from fastvideo.pipelines.basic.ltx2.ltx2_pipeline import LTX2Pipeline
 
             self.pipeline = LTX2Pipeline(args.model_path, args, loaded_modules=self.modules)
+        self.rank.spread(self.pipeline.modules["transformer"])
         self.pipeline.post_init()
 
     def execute_forward(self, forward_batch: ForwardBatch, fastvideo_args: FastVideoArgs) -> ForwardBatch:

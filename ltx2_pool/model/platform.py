@@ -20,6 +20,7 @@ def prepare_platform() -> None:
     """Let FastVideo 0.2.1 run LTX-2 on a machine without a GPU (its CPU platform is unfinished)."""
     if torch.cuda.is_available():
         return
+    import fastvideo.distributed.communication_op as communication_op
     import fastvideo.distributed.parallel_state as parallel_state
     import torch._inductor.config as inductor_config
     import torch._inductor.cpu_vec_isa as cpu_vec_isa
@@ -38,6 +39,7 @@ def prepare_platform() -> None:
     CpuPlatform.has_unified_memory = classmethod(unified_memory)
     # It answers "mps" on anything that is neither CUDA nor NPU, and some forty modules hold it by name.
     parallel_state.get_local_torch_device.__code__ = cpu_device.__code__
+    communication_op._sp_warmup_done = True  # of NCCL, which it takes for granted
     # Inductor probes the vector ISA with subprocesses that each import torch (torch/_inductor/cpu_vec_isa.py: about
     # 20 s here). Naming avx2 leaves nothing to probe and keeps a baked cache portable between x86-64 hosts.
     inductor_config.cpp.vec_isa_ok = True

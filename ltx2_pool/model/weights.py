@@ -121,7 +121,8 @@ def _modules(recipes: Sequence[Recipe]) -> dict[str, Any]:
     resolved = [recipe.on(engine.capability()) for recipe in recipes]
     lent: dict[str, Any] = {}
     for recipe in {recipe.quantization: recipe for recipe in resolved}.values():
-        built = engine.build_generator(recipe.model_copy(update={"compile": False, "refine": refine}), lent or None)
+        alone = recipe.model_copy(update={"compile": False, "refine": refine, "gpus": 1})
+        built = engine.build_generator(alone, lent or None)
         modules = dict(built.modules)
         lent[engine.transformer_name(recipe.quantization)] = modules.pop("transformer")
         lent.update(modules)

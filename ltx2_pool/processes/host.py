@@ -94,12 +94,11 @@ class Host(ABC):
         Cancelling the task ends the process.
         """
 
-    def on_weights_lost(self, call: Callable[[], None]) -> None:  # noqa: B027 - not every host lends
-        """Have `call` called when lent weights can no longer be trusted; it must kill every process."""
+    def on_weights_lost(self, call: Callable[[str], None]) -> None:  # noqa: B027 - not every host lends
+        """Tell `call` of a device whose lent weights can no longer be trusted: it must kill the processes there."""
 
-    @property
-    def lending(self) -> Lending | None:
-        """What is lent to all processes; None without that, or while it is not loaded."""
+    def lending(self, device: str) -> Lending | None:
+        """What is lent to the processes of a device; None without that, or while it is not loaded."""
         return None
 
     @property
@@ -107,10 +106,13 @@ class Host(ABC):
         """Whether processes borrow the weights: until `lending` is there, nobody knows what is left for them."""
         return False
 
-    @property
-    def helpers_pause(self) -> float:
-        """Seconds for which no start has a chance, because what all starts need has failed too often; usually 0."""
+    def helpers_pause(self, device: str) -> float:
+        """Seconds for which no start on a device has a chance, because what starts need has failed too often there, or
+        everywhere; usually 0."""
         return 0.0
+
+    def give_up(self, device: str) -> None:  # noqa: B027 - not every host lends
+        """The device is taken out: end what lends there. The next start on it starts that anew."""
 
     @property
     def broken(self) -> str | None:

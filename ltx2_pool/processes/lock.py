@@ -46,7 +46,7 @@ def hold(device: Device) -> int:
                 raise
             raise DeviceTaken(
                 f"another worker ({_holder(device)}) serves {device.name} ({device.id}): stop it, or give this one "
-                "another device with CUDA_VISIBLE_DEVICES"
+                "other devices with --devices (LTX2_DEVICES)"
             ) from None
         name.listen(_BACKLOG)
         return name.detach()
@@ -70,7 +70,7 @@ def neighbours(device: Device) -> list[str]:
     """
     return [
         f"pid {tenant.pid} of the host holds {tenant.bytes / 2**30:.1f} GiB of {device.name} ({device.id}): if that is "
-        "a worker in another container, both will run out of memory; set CUDA_VISIBLE_DEVICES for one of them"
+        "a worker in another container, both will run out of memory; set LTX2_DEVICES for one of them"
         for tenant in device.tenants()
         if tenant.bytes > _MUCH
     ]

@@ -180,6 +180,10 @@ class ChildProcess:
                 await self._gone.wait()
         return self._gone.is_set()
 
+    async def noticed(self) -> None:
+        """Wait until its end is noticed, which is before it is released."""
+        await self._over.wait()
+
     async def loss(self) -> ProcessLost:
         """The error to raise once it has ended, or was made to: why, and its last words."""
         await self.ended()

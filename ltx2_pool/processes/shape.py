@@ -15,6 +15,7 @@ from ltx2_pool.processes.process import ChildProcess, Gone, Timeouts
 from ltx2_pool.processes.slate import Slate
 from ltx2_pool.processes.spawner import Spawner
 from ltx2_pool.processes.weights import WeightsProcess
+from ltx2_pool.words.device import shown
 from ltx2_pool.words.outcomes import JobFailed, NoRoom, OnEvent, ProcessLost, Reason
 from ltx2_pool.words.pictures import Size
 from ltx2_pool.words.protocol import Assign, Cancel, Done, Failed, FromChild, Generate, Phase, Ready, Step
@@ -36,10 +37,12 @@ class ShapeProcess(ChildProcess, Process):
         guard: Guard,
         timeouts: Timeouts,
         picture_sizes: tuple[Size, ...] = (),
+        rank: int | None = None,
     ) -> None:
-        """`picture_sizes`: those at which it is given pictures; none: it is given no picture."""
-        super().__init__(str(key), spawner, guard, timeouts)
+        """`picture_sizes`: those at which it is given pictures; none: it is given no picture. `rank`: in a gang."""
+        super().__init__(str(key) if rank is None else f"{key} rank {rank}", spawner, guard, timeouts)
         self.key = key
+        self._rank = rank or 0
         self.devices = devices
         self.jobs_done = 0
         self.began = time.monotonic()
@@ -73,10 +76,12 @@ class ShapeProcess(ChildProcess, Process):
         cache: CacheDirs,
         warm_up: tuple[Job, ...] = (),
         weights: WeightsProcess | None = None,
+        rendezvous: Sequence[int] = (),
     ) -> Ready:
         """Spawn the child and wait until it is READY: with a hot shape when `warm_up` is given.
 
-        It borrows from `weights`; without, it loads the checkpoint. Raises ProcessLost; the child is then gone.
+        It borrows from `weights`; without, it loads the checkpoint. `rendezvous`: of a gang, the descriptor of the
+        memory in which its ranks find each other. Raises ProcessLost; the child is then gone.
         """
         self.began = time.monotonic()
         self._weights = weights
@@ -90,15 +95,18 @@ class ShapeProcess(ChildProcess, Process):
         inherited = [slate.fd]
         if weights is not None and weights.desk is not None:
             inherited.append(weights.desk.fileno())
+        inherited += rendezvous
         assign = Assign(
             key=self.key,
             recipe=recipe,
             picture_sizes=self._picture_sizes,
             warm_up=warm_up,
             borrow=weights is not None,
+            rank=self._rank,
         )
         advice = "raise LTX2_POOL_SPAWN_TIMEOUT if it only needs longer"
-        message = await self.begin(recipe.environment(cache), inherited, assign, self._timeouts.spawn, advice)
+        environment = {**recipe.environment(cache), **shown(self.devices)}
+        message = await self.begin(environment, inherited, assign, self._timeouts.spawn, advice)
         if not isinstance(message, Ready):
             self._doom("spawn_parse_error", f"sent {message.type!r} before READY")
             raise await self.loss()
@@ -114,11 +122,7 @@ class ShapeProcess(ChildProcess, Process):
             raise await self.loss()
         if not self._ready:
             raise RuntimeError(f"{self} was given job {job.id} before it was READY")
-        if pixels and self._slate is not None:
-            try:
-                self._slate.write(pixels)
-            except OSError as error:  # the process has not been told of the job, and is sound
-                raise NoRoom(f"the process could not be given the pictures of its job: {error}") from error
+        self.show(pixels)
         self._job, self._on_event, self._cancelled = job, on_event, False
         try:
             async with asyncio.timeout(self._timeouts.generation):
@@ -134,6 +138,14 @@ class ShapeProcess(ChildProcess, Process):
         finally:
             self._job = self._on_event = None
         return await self._conclude(answer)
+
+    def show(self, pixels: Sequence[int]) -> None:
+        """Give it the pictures of the next job. Raises NoRoom: it has not been told of the job, and is sound."""
+        if pixels and self._slate is not None:
+            try:
+                self._slate.write(pixels)
+            except OSError as error:
+                raise NoRoom(f"the process could not be given the pictures of its job: {error}") from error
 
     async def _conclude(self, answer: FromChild) -> Done:
         if isinstance(answer, Done):

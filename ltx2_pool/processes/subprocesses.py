@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from ltx2_pool.processes.gang import Gang
 from ltx2_pool.processes.guard import Guard, GuardLost
 from ltx2_pool.processes.host import Host, Process
 from ltx2_pool.processes.pause import HelpersPause
@@ -19,6 +21,7 @@ from ltx2_pool.processes.shape import ShapeProcess
 from ltx2_pool.processes.spawner import ExecSpawner, Spawner
 from ltx2_pool.processes.weights import Weights, WeightsProcess
 from ltx2_pool.processes.zygote import ZygoteLost, ZygoteSpawner
+from ltx2_pool.words.device import CPU
 from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Lending, Ready
@@ -51,7 +54,9 @@ class ProcessHost(Host):
         spawner: Spawner | None = None,
         replace_damaged_caches: bool = True,
         offers: Iterable[Offer] = (),
+        devices: Sequence[str] = (CPU.id,),
     ) -> None:
+        """`devices`: all that processes may run on, by id. A child sees its own; ``cpu`` is what this process sees."""
         self._recipe = recipe
         self._offers = {offer.key: offer for offer in offers}
         self._cache_root = cache_root
@@ -63,15 +68,20 @@ class ProcessHost(Host):
             spawner = ExecSpawner() if spawn == "exec" else ZygoteSpawner(recipe.environment(), self._guard)
         self._spawner = spawner
         self._pause = HelpersPause()
-        self._weights: Weights | None = None
+        """After failures of what all devices share: the zygote and the guard."""
+        self._devices = tuple(devices)
+        self._weights: dict[str, Weights] = {}
+        """By device; empty when processes load their own."""
         if weights == "shared":
             borrowing = list(dict.fromkeys(map(recipe.of, self._offers.values()))) or [recipe]
-            self._weights = Weights(borrowing, spawner, self._guard, self._timeouts, self._pause)
-            self._weights.on_lost = self._lose_borrowers
-        self._tell_weights_lost: Callable[[], None] = lambda: None
-        self._processes: set[ShapeProcess] = set()
+            for device in self._devices:
+                owner = Weights(borrowing, device, spawner, self._guard, self._timeouts)
+                owner.on_lost = functools.partial(self._lose_borrowers, device)
+                self._weights[device] = owner
+        self._tell_weights_lost: Callable[[str], None] = lambda device: None
+        self._processes: set[ShapeProcess | Gang] = set()
         """Those that were started and have not ended."""
-        self._burials: dict[ShapeProcess, asyncio.Task[None]] = {}
+        self._burials: dict[ShapeProcess | Gang, asyncio.Task[None]] = {}
         self._replaced: dict[Key, CacheDirs] = {}
         self._numbers = itertools.count(1)
 
@@ -81,12 +91,20 @@ class ProcessHost(Host):
 
     async def prepare(self) -> None:
         """Start what all shape processes need, now. Raises ProcessLost with reason ``helper``."""
-        await self._prepare("helpers")
+        for device in self._devices:
+            await self._prepare("helpers", device)
 
-    def process(self, key: Key, devices: tuple[str, ...] = ()) -> ShapeProcess:
-        """As :meth:`ltx2_pool.processes.host.Host.process`."""
+    def process(self, key: Key, devices: tuple[str, ...] = ()) -> ShapeProcess | Gang:
+        """As :meth:`ltx2_pool.processes.host.Host.process`; on the first device, if none is said, on several a gang."""
+        devices = devices or self._devices[:1]
         sizes = self._offer(key).picture_sizes if self._offer(key).image else ()
-        return ShapeProcess(key, devices, self._spawner, self._guard, self._timeouts, sizes)
+
+        def process(devices: tuple[str, ...], rank: int | None = None) -> ShapeProcess:
+            return ShapeProcess(key, devices, self._spawner, self._guard, self._timeouts, sizes, rank)
+
+        if len(devices) > 1:
+            return Gang([process((device,), rank) for rank, device in enumerate(devices)], self._timeouts)
+        return process(devices)
 
     def _offer(self, key: Key) -> Offer:
         return self._offers.get(key) or Offer(key.shape, key.variant, image=False)
@@ -95,7 +113,7 @@ class ProcessHost(Host):
         self, process: Process, warm_up: tuple[Job, ...] = (), cache: CacheDirs | None = None
     ) -> Ready:
         """As :meth:`ltx2_pool.processes.host.Host.start_process`."""
-        if not isinstance(process, ShapeProcess):
+        if not isinstance(process, ShapeProcess | Gang):
             raise TypeError(f"not a process of this host: {process}")
         turn = self._pause.turn
         self._own(process)
@@ -103,8 +121,12 @@ class ProcessHost(Host):
             cache = self._cache_of(process.key)
             process.on_compile_failure = lambda: self._on_compile_failure(process.key)
         try:
-            weights = await self._weights_for(process)
-            ready = await process.start(self._recipe.of(self._offer(process.key)), cache, warm_up, weights)
+            recipe = self._recipe.of(self._offer(process.key))
+            if isinstance(process, Gang):
+                weights = await asyncio.gather(*map(self._weights_for, process.ranks))
+                ready = await process.start(recipe, cache, warm_up, weights)
+            else:
+                ready = await process.start(recipe, cache, warm_up, await self._weights_for(process))
         except ProcessLost as lost:
             process.kill()
             await process.loss()
@@ -119,39 +141,49 @@ class ProcessHost(Host):
             process.kill()
             raise
         self._pause.succeeded()
+        for device in process.devices:
+            if device in self._weights:
+                self._weights[device].pause.succeeded()
         return ready
 
-    def on_weights_lost(self, call: Callable[[], None]) -> None:
+    def on_weights_lost(self, call: Callable[[str], None]) -> None:
         """As :meth:`ltx2_pool.processes.host.Host.on_weights_lost`; the borrowers are killed before it is called."""
         self._tell_weights_lost = call
 
-    @property
-    def lending(self) -> Lending | None:
-        """As :attr:`ltx2_pool.processes.host.Host.lending`."""
-        return None if self._weights is None else self._weights.lending
+    def lending(self, device: str) -> Lending | None:
+        """As :meth:`ltx2_pool.processes.host.Host.lending`."""
+        return self._weights[device].lending if device in self._weights else None
 
     @property
     def lends(self) -> bool:
         """As :attr:`ltx2_pool.processes.host.Host.lends`."""
-        return self._weights is not None
+        return bool(self._weights)
+
+    def helpers_pause(self, device: str) -> float:
+        """As :meth:`ltx2_pool.processes.host.Host.helpers_pause`."""
+        of_device = self._weights[device].pause.remaining if device in self._weights else 0.0
+        return max(self._pause.remaining, of_device)
+
+    def give_up(self, device: str) -> None:
+        """As :meth:`ltx2_pool.processes.host.Host.give_up`."""
+        if device in self._weights:
+            self._weights[device].give_up()
 
     @property
-    def helpers_pause(self) -> float:
-        """As :attr:`ltx2_pool.processes.host.Host.helpers_pause`."""
-        return self._pause.remaining
-
-    @property
-    def weights(self) -> Weights | None:
-        """The owner of the weights process; None with private weights."""
+    def weights(self) -> Mapping[str, Weights]:
+        """The owners of the weights processes by device; empty with private weights."""
         return self._weights
 
     @property
     def pids(self) -> dict[str, int | None]:
-        """As :attr:`ltx2_pool.processes.host.Host.pids`."""
+        """As :attr:`ltx2_pool.processes.host.Host.pids`; with one device its weights process is plainly `weights`."""
         return {
             "guard": self._guard.pid,
             "zygote": self._spawner.pid if isinstance(self._spawner, ZygoteSpawner) else None,
-            "weights": None if self._weights is None else self._weights.pid,
+            **{
+                "weights" if len(self._devices) == 1 else f"weights {device}": owner.pid
+                for device, owner in self._weights.items()
+            },
         }
 
     async def close(self) -> None:
@@ -164,29 +196,31 @@ class ProcessHost(Host):
                 self._burials.pop(process).cancel()
         if self._burials:
             await asyncio.wait(self._burials.values())
-        if self._weights is not None:
-            await self._weights.close()
+        await asyncio.gather(*(owner.close() for owner in self._weights.values()))
         await self._spawner.close()
         await asyncio.to_thread(self._guard.close)
 
-    async def _prepare(self, name: str) -> WeightsProcess | None:
-        if pause := self._pause.remaining:
-            raise ProcessLost(
-                name,
-                "helper",
-                f"what all processes need failed {self._pause.failures} times in a row and is tried again in "
-                f"{pause:.0f} s; the last time: {self._pause.error}",
-            )
-        if self._weights is None:
+    async def _prepare(self, name: str, device: str) -> WeightsProcess | None:
+        owner = self._weights[device] if self._weights else None
+        for pause in (self._pause, *([owner.pause] if owner is not None else [])):
+            if left := pause.remaining:
+                raise ProcessLost(
+                    name,
+                    "helper",
+                    f"what all processes need failed {pause.failures} times in a row and is tried again in "
+                    f"{left:.0f} s; the last time: {pause.error}",
+                )
+        if owner is None:
             return None
         try:
-            return await self._weights.ready()
+            return await owner.ready()
         except ProcessLost as lost:
             self._fail(name, lost)
 
     async def _weights_for(self, process: ShapeProcess) -> WeightsProcess | None:
         """What it is to borrow from. Its end, when somebody kills it, is not put off until that is loaded."""
-        preparing = asyncio.ensure_future(self._prepare(process.name))
+        (device,) = process.devices
+        preparing = asyncio.ensure_future(self._prepare(process.name, device))
         ended = asyncio.ensure_future(process.exited())
         try:
             await asyncio.wait([preparing, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -202,7 +236,7 @@ class ProcessHost(Host):
         cause = str(lost.__cause__) if lost.__cause__ is not None else f"{lost.name}: {lost.what}"
         raise ProcessLost(name, "helper", f"what all processes need did not start: {cause}", lost.tail) from lost
 
-    def _own(self, process: ShapeProcess) -> None:
+    def _own(self, process: ShapeProcess | Gang) -> None:
         self._processes.add(process)
 
         async def bury() -> None:
@@ -212,10 +246,11 @@ class ProcessHost(Host):
 
         self._burials[process] = asyncio.create_task(bury())
 
-    def _lose_borrowers(self) -> None:
+    def _lose_borrowers(self, device: str) -> None:
         for process in list(self._processes):
-            process.kill("weights_lost")
-        self._tell_weights_lost()
+            if device in process.devices:
+                process.kill("weights_lost")
+        self._tell_weights_lost(device)
 
     def _cache_of(self, key: Key) -> CacheDirs:
         return self._replaced.get(key) or CacheDirs.of(self._cache_root, key)

@@ -15,6 +15,7 @@ from ltx2_pool.processes.pause import HelpersPause
 from ltx2_pool.processes.process import ChildProcess, Gone, Timeouts
 from ltx2_pool.processes.spawner import Spawner
 from ltx2_pool.words import lending
+from ltx2_pool.words.device import CPU, shown
 from ltx2_pool.words.outcomes import ProcessLost
 from ltx2_pool.words.protocol import Checked, Checksum, Lend, Lending
 from ltx2_pool.words.recipe import Recipe
@@ -28,8 +29,9 @@ SUCCESSORS = 2
 class WeightsProcess(ChildProcess):
     """Holds the model and lends it over `desk`, whose other end its borrowers inherit."""
 
-    def __init__(self, spawner: Spawner, guard: Guard, timeouts: Timeouts) -> None:
-        super().__init__("weights", spawner, guard, timeouts)
+    def __init__(self, device: str, spawner: Spawner, guard: Guard, timeouts: Timeouts) -> None:
+        super().__init__("weights" if device == CPU.id else f"weights of {device}", spawner, guard, timeouts)
+        self._device = device
         self.desk: socket.socket | None = None
         self.lending: Lending | None = None
         """What it said when it was ready; None before, and once it is not alive."""
@@ -49,7 +51,7 @@ class WeightsProcess(ChildProcess):
                 handing = None if loan is None else asyncio.create_task(self._hand_over(loan))
                 try:
                     message = await self.begin(
-                        recipes[0].environment(),
+                        {**recipes[0].environment(), **shown([self._device])},
                         [theirs.fileno()],
                         Lend(recipes=tuple(recipes), kept=None if loan is None else loan.lending),
                         self._timeouts.weights,
@@ -91,10 +93,6 @@ class WeightsProcess(ChildProcess):
             raise await self.loss()
         return message.digest
 
-    async def noticed(self) -> None:
-        """Wait until its end is noticed, which is before it is released."""
-        await self._over.wait()
-
 
 @dataclass(frozen=True)
 class Loan:
@@ -111,20 +109,21 @@ class Loan:
 
 
 class Weights:
-    """Keeps one weights process alive for as long as somebody borrows from it.
+    """Keeps the weights process of one device alive for as long as somebody borrows from it.
 
     What it lends is kept, where that can be: then its end ends no borrower, and its successor loads nothing.
     """
 
     def __init__(
-        self, recipes: Sequence[Recipe], spawner: Spawner, guard: Guard, timeouts: Timeouts, pause: HelpersPause
+        self, recipes: Sequence[Recipe], device: str, spawner: Spawner, guard: Guard, timeouts: Timeouts
     ) -> None:
         """`recipes`: of all who may borrow."""
         self._recipes = recipes
+        self._device = device
         self._spawner = spawner
         self._guard = guard
         self._timeouts = timeouts
-        self._pause = pause
+        self.pause = HelpersPause()
         self._process: WeightsProcess | None = None
         self._starting: asyncio.Task[WeightsProcess] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -164,17 +163,17 @@ class Weights:
         return await (await self.ready()).checksum()
 
     async def _start(self) -> WeightsProcess:
-        turn = self._pause.turn
+        turn = self.pause.turn
         try:
             if self._process is not None and not await self._process.ended():  # two models do not fit
                 raise ProcessLost("weights", "helper", f"{self._process} does not end, although it was killed")
             if self._closing:
                 raise ProcessLost("weights", "killed", "is not started any more: the worker is shutting down")
-            process = self._process = WeightsProcess(self._spawner, self._guard, self._timeouts)
+            process = self._process = WeightsProcess(self._device, self._spawner, self._guard, self._timeouts)
             lent = await process.start(self._recipes, self._loan)
         except ProcessLost as lost:
             if not self._closing:
-                self._pause.failed(turn, str(lost))
+                self.pause.failed(turn, str(lost))
                 self._successor_failed()
             raise
         logger.info(
@@ -222,7 +221,7 @@ class Weights:
         process.lending = None
         try:
             if not self._closing:
-                self._pause.failed(self._pause.turn, "the weights process ended")
+                self.pause.failed(self.pause.turn, "the weights process ended")
                 if self._loan is None:
                     self.on_lost()
         finally:
@@ -236,6 +235,12 @@ class Weights:
                 if self._loan is not None:
                     with contextlib.suppress(ProcessLost):
                         await self.ready()
+
+    def give_up(self) -> None:
+        """End the weights process, and lend nothing of it any more; the next who needs it has it started anew."""
+        self._let_go()
+        if self._process is not None:
+            self._process.kill()
 
     async def close(self) -> None:
         """End the weights process. Its borrowers must have ended before."""

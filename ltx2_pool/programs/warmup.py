@@ -63,11 +63,13 @@ def main() -> int:
         keys = [menu.get(key) for key in arguments.only] if arguments.only else list(menu.keys)
         # The bake's videos are hashed: they are made alike, whatever the operator serves.
         recipe = chosen.recipe.model_copy(update={"video": VideoSettings()})
-        recipe.on(devices.visible()[0].capability)
+        chosen_devices = devices.select(chosen.devices)
+        recipe.on(chosen_devices[0].capability)
     except (SettingsError, MenuError, RecipeError, DeviceError) as error:
         parser.error(str(error))
     except KeyError as error:
         parser.error(error.args[0])
+    ids = [device.id for device in chosen_devices][: max(menu.offer(key).gpus for key in keys)]
     host = ProcessHost(
         recipe,
         chosen.cache_root,
@@ -77,8 +79,9 @@ def main() -> int:
         weights=chosen.weights,
         replace_damaged_caches=False,
         offers=menu.offers,
+        devices=ids,
     )
-    baker = Baker(menu, recipe, chosen.cache_root, host)
+    baker = Baker(menu, recipe, chosen.cache_root, host, ids)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with extra("tools"):
         from ltx2_pool.tools.board import Board

@@ -76,25 +76,30 @@ def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int
         )
     if settings.media_output_fs_url and (missing := missing_for(settings.media_output_fs_url)):
         raise SettingsError(missing)
-    device = devices.visible()[0]
-    settings.recipe.on(device.capability)
+    chosen = devices.select(settings.devices)
+    if settings.pool_mode:
+        _check_gangs(menu, len(chosen))
+    else:
+        chosen = chosen[:1]
+    settings.recipe.on(chosen[0].capability)
     traffic = Traffic(settings.traffic_file or settings.cache_root / "traffic.json")
     prewarm = to_prewarm(settings.wanted, menu, traffic)
     if arguments.plan:
         with extra("tools"):
             from ltx2_pool.tools import plan
-        plan.show(settings, menu, device, prewarm)
+        plan.show(settings, menu, chosen, prewarm)
         return 0
     logging.info("%s", checkpoint)
-    held = _hold(device)
+    held = _hold(chosen)
     problems = _check_caches(settings, menu)
     run_dir = settings.make_run_dir()
     try:
         return exits.run(
-            lambda last_resort: _serve(settings, menu, device, run_dir, traffic, prewarm, problems.keys(), last_resort)
+            lambda last_resort: _serve(settings, menu, chosen, run_dir, traffic, prewarm, problems.keys(), last_resort)
         )
     finally:
-        os.close(held)
+        for lock_of_a_device in held:
+            os.close(lock_of_a_device)
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
@@ -112,14 +117,23 @@ def _start_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _hold(device: Device) -> int:
-    """Take the device for this worker, and show its children no other. Returns the lock's descriptor."""
-    held = lock.hold(device)
-    if device.is_gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device.id
+def _hold(chosen: Sequence[Device]) -> list[int]:
+    """Take the devices for this worker, and show its children no others. Returns the locks' descriptors."""
+    held = lock.hold_all(chosen)
+    os.environ.update(devices.shown([device.id for device in chosen]))
+    for device in chosen:
         for line in lock.neighbours(device):
             logging.warning("%s", line)
     return held
+
+
+def _check_gangs(menu: Menu, devices: int) -> None:
+    for offer in menu.offers:
+        if offer.gpus > devices:
+            raise SettingsError(
+                f"{offer.key} has gpus: {offer.gpus}, and this worker has {devices} devices: give it more "
+                "(--devices, LTX2_DEVICES), or take the shape off the menu"
+            )
 
 
 def _check_caches(settings: Settings, menu: Menu) -> dict[str, list[manifest.Mismatch]]:
@@ -147,7 +161,7 @@ def _check_system_port(port: str | None) -> None:
 async def _serve(
     settings: Settings,
     menu: Menu,
-    device: Device,
+    chosen: Sequence[Device],
     run_dir: Path,
     traffic: Traffic,
     prewarm: Sequence[Key],
@@ -164,13 +178,13 @@ async def _serve(
         os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
     request_plane = os.environ.get("DYN_REQUEST_PLANE", "tcp")
     runtime = DistributedRuntime(asyncio.get_running_loop(), settings.discovery, request_plane)
-    metrics = Metrics([str(key) for key in menu.keys])
+    metrics = Metrics([str(key) for key in menu.keys], [device.id for device in chosen])
     baked = [key for key in menu.keys if settings.pool_mode and str(key) not in not_baked]
     for key in menu.keys:
         metrics.baked.labels(str(key)).set(key in baked)
     known = assembly.measured(settings, baked)
-    pool = assembly.pool(settings, menu, device, run_dir, metrics, prewarm, known)
-    recipes = {offer.key: manifest.recipe_digest(settings.recipe, offer, device) for offer in menu.offers}
+    pool = assembly.pool(settings, menu, chosen, run_dir, metrics, prewarm, known)
+    recipes = {offer.key: manifest.recipe_digest(settings.recipe, offer, chosen[0]) for offer in menu.offers}
     return await endpoint.serve(runtime, pool, menu, settings, metrics, traffic, last_resort, recipes)
 
 

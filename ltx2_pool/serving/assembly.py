@@ -42,11 +42,12 @@ def checkpoint_bytes(model: Path) -> int:
     return sum(path.stat().st_size for path in model.rglob("*.safetensors"))
 
 
-def ledger(settings: Settings, device: Device, known: Mapping[Key, Memory]) -> Ledger:
-    """What the pool starts with; the budget of the device is found out later, when it can be."""
+def ledger(settings: Settings, devices: Sequence[Device], known: Mapping[Key, Memory]) -> Ledger:
+    """What the pool starts with; the budgets of the devices are found out later, when they can be."""
     if not settings.pool_mode:  # one generator, one job at a time: there is nothing to weigh
-        return Ledger({device.id: sys.maxsize})
-    made = Ledger({device.id: None}, concurrency=settings.gpu_concurrency, max_processes=settings.max_processes)
+        return Ledger({devices[0].id: sys.maxsize})
+    budgets = {device.id: None for device in devices}
+    made = Ledger(budgets, concurrency=settings.gpu_concurrency, max_processes=settings.max_processes)
     for key, memory in known.items():
         made.observe(key, memory)
     return made
@@ -78,15 +79,15 @@ def timeouts(settings: Settings) -> Timeouts:
 def pool(
     settings: Settings,
     menu: Menu,
-    device: Device,
+    devices: Sequence[Device],
     run_dir: Path,
     metrics: Metrics,
     prewarm: Sequence[Key],
     known: Mapping[Key, Memory],
 ) -> Pool:
-    """The pool that the settings describe. `known`: what is known of the shapes' memory; `run_dir` is ours alone.
+    """The pool that the settings describe, on `devices`, or on the first of them without pool mode.
 
-    Raises OSError when nothing can be made in it.
+    `known`: what shapes are known to need; `run_dir` is ours alone. Raises OSError when nothing can be made in it.
     """
     # Before the first process: one confined to what is there before it (model/confine.py) is lost with its first job.
     videos = run_dir / "videos"
@@ -102,21 +103,23 @@ def pool(
             weights=settings.weights,
             replace_damaged_caches=settings.cache_policy != "strict",
             offers=menu.offers,
+            devices=[device.id for device in devices],
         )
     else:
         host = InProcessHost(settings.recipe, settings.cache_root, timeouts(settings), menu.offers)
         prewarm = menu.keys[:1]
     book = Book(
-        ledger(settings, device, known),
+        ledger(settings, devices, known),
         limits(settings),
         keys=menu.keys,
         ahead=prewarm,
+        gpus={offer.key: offer.gpus for offer in menu.offers} if settings.pool_mode else {},
     )
     return Pool(
         host,
         book,
         videos,
-        devices=(device,),
+        devices=tuple(devices),
         memory_reserve=int(settings.memory_reserve * GIB),
         warm_up=(lambda key: requests.warm_up(menu, menu.offer(key))) if settings.warm else None,
         ready_min=settings.ready_min if settings.pool_mode else 1,

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
+from ltx2_pool.serving.actions import Action, Evict, Pause, Refuse, Spawn, Start, State, Wake
 from ltx2_pool.serving.breaker import Pauses, Starts
+from ltx2_pool.serving.devices import Devices
 from ltx2_pool.serving.ledger import Ledger, Phase, Reservation
-from ltx2_pool.serving.schedule import Action, Evict, Pause, Refuse, Spawn, Start, State, Turns, Wake, decide
-from ltx2_pool.serving.tickets import Answer, Limits, Ticket
+from ltx2_pool.serving.poisons import POISON_SECONDS, Poisons
+from ltx2_pool.serving.schedule import decide
+from ltx2_pool.serving.tickets import Answer, Limits, Ticket, Turns
 from ltx2_pool.words.outcomes import (
     FROM_OUTSIDE,
     SHAPES_OWN_FAULT,
@@ -39,8 +43,6 @@ LOSSES = 10
 """Processes that a job may lose through no fault of its own before it is given up."""
 RIDDLES = 3
 """Of these, losses that nothing outside explains: deaths before its first phase, failed compilations."""
-POISON_SECONDS = 600.0
-_MAX_POISONS = 1000
 
 Charge = Literal["dropped", "retry", "failed", "poisoned"]
 """What a loss does to its job: nobody waited for it, it is tried again, it failed, it and its equals are refused."""
@@ -57,13 +59,18 @@ class Begin:
 
 @dataclass
 class Book:
-    """The pool's state. `keys` is what may be asked for, `ahead` what is started before anybody asks."""
+    """The pool's state.
+
+    `keys` is what may be asked for, `ahead` what is started before anybody asks, `gpus` on how many devices a process
+    of a key runs, where that is not one.
+    """
 
     ledger: Ledger
     limits: Limits = field(default_factory=Limits)
     keys: Sequence[Key] = ()
     ahead: Sequence[Key] = ()
     pauses: Pauses = field(default_factory=Pauses)
+    gpus: Mapping[Key, int] = field(default_factory=dict)
     decide: Callable[[State], list[Action]] = decide
 
     def __post_init__(self) -> None:
@@ -73,12 +80,13 @@ class Book:
         """By the process that makes it."""
         self.closing = False
         self.helpers_down = False
-        """What all starts need had failed too often, and no start has worked since."""
+        """What starts need had failed too often on every device, and no start has worked since."""
         self.starts: dict[Key, Starts] = {}
+        self.devices = Devices(self.ledger.devices, self.pauses)
         self._turns = Turns()
         self._numbers = itertools.count()
         self._process_numbers = itertools.count()
-        self._poisons: OrderedDict[Job, float] = OrderedDict()
+        self._poisons = Poisons()
         self._seconds: dict[Key, float] = {}
         self._spawn_seconds: dict[Key, float] = {}
 
@@ -96,11 +104,8 @@ class Book:
         """Take a job in. Raises a Rejected; nothing has then happened."""
         if self.closing:
             raise PoolClosed("the worker is shutting down")
-        poisoned_until = self._poisons.get(parameters(job))
-        if poisoned_until is not None:
-            if (left := poisoned_until - now) > 0:
-                raise _poisonous(left)
-            del self._poisons[parameters(job)]
+        if left := self._poisons.left(job, now):
+            raise _poisonous(left)
         starts = self.starts.get(key)
         if starts is not None and starts.unavailable(now) and not self._serves(key):
             raise _unavailable(key, starts.pause(now), now)
@@ -124,7 +129,7 @@ class Book:
             pixels=pixels,
             settle=settle,
         )
-        insort(self.waiting, ticket, key=_order)
+        insort(self.waiting, ticket, key=attrgetter("order"))
         return ticket
 
     def give_up(self, ticket: Ticket) -> Reservation | None:
@@ -155,6 +160,8 @@ class Book:
         self.helpers_down = False
         self.ledger.observe(process.key, memory)
         process.hot = process.hot or memory.generated
+        if memory.generated:
+            self.devices.well(process.key, process.devices)
         if not process.ending:
             self.ledger.enter(process, Phase.IDLE)
         self._spawn_seconds[process.key] = seconds
@@ -170,6 +177,8 @@ class Book:
                     break
         process.ending = True
         starts = self.starts.setdefault(process.key, Starts(self.pauses))
+        if lost.reason in SHAPES_OWN_FAULT and lost.reason != "oom":
+            self.devices.faulted(process.key, process.devices, now, lost.what)
         guilty = lost.reason in SHAPES_OWN_FAULT and (lost.reason != "oom" or alone)
         if guilty:
             starts.failed(now, lost.what)
@@ -189,6 +198,7 @@ class Book:
         wanted = not ticket.answered
         ticket.process = None
         self.starts.pop(process.key, None)
+        self.devices.well(process.key, process.devices)
         before = self._seconds.get(process.key, seconds)
         self._seconds[process.key] = (before + seconds) / 2
         self._free(process, memory, made=True)
@@ -217,6 +227,8 @@ class Book:
             self.ledger.observe(process.key, lost.memory, made=False)
         if lost.reason == "oom":
             self.ledger.ran_out(process)
+        if lost.reason == "cuda_fault":
+            self.devices.faulted(process.key, process.devices, now, lost.what)
         process.ending = True
         if ticket is None:
             self.starts.setdefault(process.key, Starts(self.pauses)).disturbed(now, lost.what)
@@ -225,7 +237,7 @@ class Book:
         if ticket.answered:
             return "dropped"
         ticket.losses += 1
-        ticket.faults += lost.jobs_fault
+        ticket.faults += lost.jobs_fault and not self._again_there(ticket, process, lost)
         ticket.riddles += not lost.jobs_fault and lost.reason not in FROM_OUTSIDE
         if ticket.faults >= FAULTS:
             self._poison(ticket.job, now)
@@ -241,8 +253,16 @@ class Book:
             self._answer(ticket, lost)
             return "failed"
         ticket.alone = ticket.alone or lost.reason == "oom"
-        insort(self.waiting, ticket, key=_order)
+        insort(self.waiting, ticket, key=attrgetter("order"))
         return "retry"
+
+    def _again_there(self, ticket: Ticket, process: Reservation, lost: ProcessLost) -> bool:
+        """Whether a device has faulted under the job before, and there are others: then it is the device's fault."""
+        if lost.reason != "cuda_fault" or len(process.devices) == len(self.ledger.devices):
+            return False
+        again = not ticket.faulty.isdisjoint(process.devices)
+        ticket.faulty.update(process.devices)
+        return again
 
     def end(self, process: Reservation) -> None:
         """The process is told to end, or has ended; its devices are not free yet."""
@@ -254,21 +274,37 @@ class Book:
 
     # The decision.
 
-    def next_actions(self, now: float, helpers: Pause | None = None) -> list[Start | Begin | Evict | Refuse | Wake]:
-        """What to do now. What that changes in the book is changed already: the list only has to be carried out."""
+    def next_actions(
+        self, now: float, helpers: Mapping[str, Pause] | None = None
+    ) -> list[Start | Begin | Evict | Refuse | Wake]:
+        """What to do now. What that changes in the book is changed already: the list only has to be carried out.
+
+        `helpers`: devices on which what all starts need does not start.
+        """
         paused = {}
         for key, starts in self.starts.items():
             if (pause := starts.pause(now)) is not None:
                 paused[key] = pause
         ahead: Sequence[Key] = () if self.closing else self.ahead
-        self.helpers_down = self.helpers_down or helpers is not None
+        helpers = helpers or {}
+        self.helpers_down = self.helpers_down or len(helpers) == len(self.ledger.devices)
+        out = {**self.devices.out(now), **helpers}
         if not self.closing and not self.able():
             # Or it would never learn that it can.
             ahead = tuple(dict.fromkeys((*ahead, *self.starts, *self.keys)))
         todo: list[Start | Begin | Evict | Refuse | Wake] = []
-        for action in self.decide(
-            State(now, self.waiting[:], self.ledger, paused, helpers, ahead, self.limits.patience)
-        ):
+        state = State(
+            now=now,
+            jobs=self.waiting[:],
+            ledger=self.ledger,
+            pauses=paused,
+            out=out,
+            avoid=self.devices.avoided,
+            gpus=self.gpus,
+            ahead=ahead,
+            patience=self.limits.patience,
+        )
+        for action in self.decide(state):
             match action:
                 case Spawn():
                     process = self.ledger.reserve(next(self._process_numbers), action.key, action.devices)
@@ -282,7 +318,7 @@ class Book:
                     ticket = action.job
                     assert isinstance(ticket, Ticket)
                     self._remove(ticket)
-                    self._answer(ticket, _unavailable(ticket.key, helpers or paused.get(ticket.key), now))
+                    self._answer(ticket, _unavailable(ticket.key, action.pause, now))
             todo.append(action)
         return todo
 
@@ -316,23 +352,20 @@ class Book:
 
     def hot_enough(self, minimum: int, now: float) -> bool:
         """Whether `minimum` of the keys to start ahead are hot, or nothing more can become so for the moment."""
-        live = {r.key: r for r in self.ledger.reservations.values() if not r.ending}
-        ready = sum(key in live and live[key].phase not in (Phase.LOADING, Phase.SPAWNING) for key in self.ahead)
-        if ready >= min(minimum, len(self.ahead)):
+        live = [r for r in self.ledger.reservations.values() if not r.ending]
+        ready = {r.key for r in live if r.phase not in (Phase.LOADING, Phase.SPAWNING)}.intersection(self.ahead)
+        if len(ready) >= min(minimum, len(self.ahead)):
             return True
-        for key in self.ahead:
-            if key in live:
-                coming = live[key].phase in (Phase.LOADING, Phase.SPAWNING)
-            else:
-                coming = key in self.starts and not self.starts[key].unavailable(now)
-            if coming:
-                return False
-        return ready > 0 or self.able()
+        starting = {r.key for r in live} - ready
+        tried = {key for key, starts in self.starts.items() if not starts.unavailable(now)}
+        if not (starting | tried).isdisjoint(set(self.ahead) - ready):
+            return False
+        return bool(ready) or self.able()
 
     def expected_wait(self) -> float:
         """Seconds that a job admitted now would wait for the jobs before it, by what their shapes took lately."""
         jobs = Counter(ticket.key for ticket in (*self.waiting, *self.running.values()))
-        work = sum(self._seconds.get(key, 0.0) * count for key, count in jobs.items())
+        work = sum(self._seconds.get(key, 0.0) * count * self.gpus.get(key, 1) for key, count in jobs.items())
         cold = sum(self._spawn_seconds.get(key, 0.0) for key in jobs if not self._serves(key))
         return work / self.ledger.leases + cold
 
@@ -341,11 +374,8 @@ class Book:
 
     def _poison(self, job: Job, now: float) -> None:
         """Refuse these parameters for a while, to the equal jobs that wait already as well."""
-        poison = parameters(job)
-        self._poisons[poison] = now + POISON_SECONDS
-        if len(self._poisons) > _MAX_POISONS:
-            self._poisons.popitem(last=False)
-        for ticket in [ticket for ticket in self.waiting if parameters(ticket.job) == poison]:
+        self._poisons.add(job, now)
+        for ticket in [ticket for ticket in self.waiting if self._poisons.left(ticket.job, now)]:
             self._remove(ticket)
             self._answer(ticket, _poisonous(POISON_SECONDS))
 
@@ -360,20 +390,11 @@ class Book:
             ticket.settle(answer)
 
 
-def parameters(job: Job) -> Job:
-    """The job without what makes it one of a kind."""
-    return replace(job, id="")
-
-
-def _order(ticket: Ticket) -> tuple[int, int]:
-    return ticket.order
-
-
 def _poisonous(seconds: float) -> Poisonous:
     return Poisonous(f"a job with these parameters ended {FAULTS} processes; refused for {seconds:.0f} s more")
 
 
 def _unavailable(key: Key, pause: Pause | None, now: float) -> Unavailable:
-    left = max(0.0, pause.until - now) if pause is not None else None
+    left = max(0.0, pause.until - now) if pause is not None and pause.until < float("inf") else None
     why = pause.refuse if pause is not None and pause.refuse else "its processes do not start"
     return Unavailable(f"{key} is {why}" + (f"; the next try is in {left:.0f} s" if left is not None else ""), left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ltx2_pool.serving.schedule import Pause
+from ltx2_pool.serving.actions import Pause
 
 THRESHOLD = 3
 """Failed starts in a row that make a shape unavailable."""

@@ -23,16 +23,16 @@ class Budgets:
 
     def measure(self) -> None:
         """Where a budget is not known, and the weights are there: what is free now, and what our processes hold."""
-        if self._host.lends and self._host.lending is None:
-            return
         for device in self._devices:
+            if self._host.lends and self._host.lending(device.id) is None:
+                continue
             if self._ledger.budget(device.id) is None:
                 try:
-                    self._ledger.set_budget(device.id, device.free(), self._reserve)
+                    self._ledger.set_budget(device.id, device.free(), int(self._reserve * device.share))
                 except Exception as error:  # the driver may fail in any way: one process at a time until it answers
                     logger.error("the free memory of %s (%s) is not known: %s", device.name, device.id, error)
 
-    def forget(self) -> None:
-        """The weights are gone: what they will leave next time is not known."""
-        for device in self._devices:
-            self._ledger.set_budget(device.id, None)
+    def forget(self, name: str) -> None:
+        """The weights of a device are gone: what they will leave next time is not known."""
+        if any(device.id == name for device in self._devices):
+            self._ledger.set_budget(name, None)

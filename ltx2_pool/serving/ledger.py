@@ -73,6 +73,11 @@ class Reservation:
         """Whether it could take a job."""
         return self.phase is Phase.IDLE and not self.ending
 
+    @property
+    def starting(self) -> bool:
+        """Whether it has not been ready yet: the next job of its key is its first."""
+        return self.phase in (Phase.LOADING, Phase.SPAWNING) and not self.used
+
 
 @dataclass(slots=True)
 class Room:

@@ -1,8 +1,11 @@
-"""Every ``ltx2_pool_*`` series. The labels of a shape are those of the menu: nothing a client sends can create one."""
+"""Every ``ltx2_pool_*`` series. Labels of shapes are those of the menu, of devices the worker's own: nothing a client
+sends can create one."""
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -22,7 +25,7 @@ STATES = ("loading", "spawning", "ready", "generating", "encoding", "draining")
 class Metrics:
     """The series of one worker, in a registry of their own; all exist from the start, with the value zero."""
 
-    def __init__(self, shape_keys: Sequence[str]) -> None:
+    def __init__(self, shape_keys: Sequence[str], devices: Sequence[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self.size = self._gauge("ltx2_pool_size", "Shape processes that exist")
         self.spawns = self._counter("ltx2_pool_spawn_total", "Shape processes started", "shape_key")
@@ -64,7 +67,7 @@ class Metrics:
         )
         self.lent = self._gauge("ltx2_pool_weights_bytes", "Weights that are lent to all shape processes")
         self.state = self._gauge(
-            "ltx2_pool_shape_state", "1 for the state that a shape's process is in", "shape_key", "state"
+            "ltx2_pool_shape_state", "Processes of a shape by the state that they are in", "shape_key", "state"
         )
         self.retries = self._counter(
             "ltx2_pool_retry_total", "Jobs tried again after the loss of their process", "shape_key"
@@ -76,6 +79,17 @@ class Metrics:
         )
         self.unavailable = self._gauge(
             "ltx2_pool_unavailable", "1 while the shape's jobs are refused, after failed starts", "shape_key"
+        )
+        self.device_budget = self._gauge(
+            "ltx2_pool_device_budget_bytes",
+            "What a device has for shape processes; 0 while that is not known",
+            "device",
+        )
+        self.device_held = self._gauge("ltx2_pool_device_held_bytes", "What shape processes hold on a device", "device")
+        self.device_processes = self._gauge("ltx2_pool_device_processes", "Shape processes on a device", "device")
+        self.device_leases = self._gauge("ltx2_pool_device_leases", "Jobs that hold a lease on a device now", "device")
+        self.device_out = self._gauge(
+            "ltx2_pool_device_out", "1 while a device is out of service, after faults or failed starts", "device"
         )
         self.able = self._gauge("ltx2_pool_able", "1 while some video can be made: what the worker's health says")
         self._shape_keys = tuple(shape_keys)
@@ -94,6 +108,15 @@ class Metrics:
                 self.memory.labels(key, kind)
             for state in STATES:
                 self.state.labels(key, state)
+        for device in devices:
+            for gauge in (
+                self.device_budget,
+                self.device_held,
+                self.device_processes,
+                self.device_leases,
+                self.device_out,
+            ):
+                gauge.labels(device)
         for reason in REASONS:
             self.failures.labels(reason)
         for phase in START_PHASES:
@@ -101,13 +124,24 @@ class Metrics:
         for rejection in REJECTIONS:
             self.rejections.labels(rejection)
 
-    def set_shapes(self, states: Mapping[str, str], waiting: Mapping[str, int], unavailable: Collection[str]) -> None:
-        """By shape key: the state of its process, the jobs that wait for it, and whether they are refused."""
+    def set_shapes(
+        self, states: Counts[tuple[str, str]], waiting: Mapping[str, int], unavailable: Collection[str]
+    ) -> None:
+        """Processes by shape key and state; by shape key, the jobs that wait for it, and whether they are refused."""
         for key in self._shape_keys:
             for state in STATES:
-                self.state.labels(key, state).set(states.get(key) == state)
+                self.state.labels(key, state).set(states[key, state])
             self.queue.labels(key).set(waiting.get(key, 0))
             self.unavailable.labels(key).set(key in unavailable)
+
+    def set_devices(self, devices: Mapping[str, Mapping[str, Any]], out: Collection[str]) -> None:
+        """By device: as the ledger describes it, and whether it is out of service."""
+        for name, device in devices.items():
+            self.device_budget.labels(name).set(device["budget"] or 0)
+            self.device_held.labels(name).set(device["held"])
+            self.device_processes.labels(name).set(device["processes"])
+            self.device_leases.labels(name).set(device["leases"])
+            self.device_out.labels(name).set(name in out)
 
     def documented(self) -> list[tuple[str, str, tuple[str, ...], str]]:
         """Name, type, labels and meaning of every series, for the RUNBOOK's table."""

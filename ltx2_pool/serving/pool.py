@@ -2,8 +2,7 @@
 
 An event (a request, a message of a child, the end of a process) changes the :class:`~ltx2_pool.serving.book.Book`, and
 :meth:`Pool._decide` carries out what follows. A process is owned by `_live` from its start to its end, a job in a
-process by `_run`. Whatever is raised in an owner becomes an answer, a returned reservation and a counted loss: an error
-that nobody foresaw costs the process that it happened to, and no more.
+process by `_run`. Whatever is raised in an owner becomes an answer, a returned reservation and a counted loss.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from typing import Any
 
 from ltx2_pool.processes.host import Host, Process
 from ltx2_pool.serving import files
+from ltx2_pool.serving.actions import Evict, Refuse, Start, Wake
 from ltx2_pool.serving.book import Begin, Book
 from ltx2_pool.serving.budget import Budgets
+from ltx2_pool.serving.devices import helpers_out
 from ltx2_pool.serving.ledger import Phase, Reservation
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.report import Health, Report
-from ltx2_pool.serving.schedule import Evict, Pause, Refuse, Start, Wake
 from ltx2_pool.serving.tickets import Answer, Ticket
 from ltx2_pool.words.device import Device
 from ltx2_pool.words.outcomes import (
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 _LAST_WAIT = 60.0
 """Seconds for processes to end that were told to, and killed after their grace."""
-_HOPELESS = 30.0
-"""Seconds of a helpers' pause from which on jobs are refused in place of waiting for it."""
 
 
 class Pool:
@@ -222,14 +220,19 @@ class Pool:
 
     def _decide(self) -> None:
         """Carry out what follows from the last event. Nothing in here waits, and nothing can fail half-way."""
+        for device, why in self._book.devices.taken_out():
+            logger.error(why)
+            self._host.give_up(device)
+            self._end_all_on(device, "device_lost")
         for entry, handle in self._entries():
             if not handle.alive and entry.idle:
                 self._on_idle_death(entry, handle)
-        now = time.monotonic()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for action in self._book.next_actions(now, self._helpers_pause(now)):
+        now = time.monotonic()
+        helpers = helpers_out(self._book.ledger.devices, self._host.helpers_pause, now)
+        for action in self._book.next_actions(now, helpers):
             match action:
                 case Begin():
                     self._begin(action)
@@ -242,17 +245,11 @@ class Pool:
                     self._metrics.evictions.labels(str(action.process.key)).inc()
                     self._own(self._stop(self._handles[action.process.id]))
                 case Refuse():
-                    logger.warning("job refused: %s is %s", action.job.key, action.why)
+                    logger.warning("job refused: %s is %s", action.job.key, action.pause.refuse)
                 case Wake():
                     delay = max(0.0, action.at - now) + 1e-3
                     self._timer = asyncio.get_running_loop().call_later(delay, self._decide)
         self._publish()
-
-    def _helpers_pause(self, now: float) -> Pause | None:
-        if not (left := self._host.helpers_pause):
-            return None
-        why = "unavailable: the zygote or the weights process does not start" if left > _HOPELESS else ""
-        return Pause(now + left, why)
 
     def _begin(self, action: Begin) -> None:
         entry = action.process
@@ -363,14 +360,18 @@ class Pool:
         charge = self._book.lost(entry, lost, time.monotonic())
         self._report.job_lost(ticket, lost, charge)
 
-    def _on_weights_lost(self) -> None:
-        """What the borrowers have mapped can no longer be trusted: replace them all. Their jobs are tried again."""
-        self._budgets.forget()
-        for entry, handle in self._entries():
-            if entry.idle:
-                self._on_idle_death(entry, handle, "weights_lost")
-            handle.kill("weights_lost")
+    def _on_weights_lost(self, device: str) -> None:
+        """What the borrowers there have mapped can no longer be trusted. Their jobs are tried again."""
+        self._end_all_on(device, "weights_lost")
         self._decide()
+
+    def _end_all_on(self, device: str, reason: Reason) -> None:
+        self._budgets.forget(device)
+        for entry, handle in self._entries():
+            if device in entry.devices:
+                if entry.idle:
+                    self._on_idle_death(entry, handle, reason)
+                handle.kill(reason)
 
     async def _stop(self, handle: Process) -> None:
         """Own the end of an idle process; `_live` owns the rest."""

@@ -66,7 +66,7 @@ class Report:
             ready.memory.resident / 1e9,
         )
         metrics = self.metrics
-        if (lending := self._host.lending) is not None:
+        if (lending := self._host.lending(process.devices[0])) is not None:
             metrics.lent.set(lending.bytes)
         metrics.cold_spawn.labels(str(process.key)).observe(seconds)
         parts = (ready.import_s, ready.load_s, ready.trace_s, ready.warm_s)
@@ -115,10 +115,11 @@ class Report:
         metrics.leases.set(sum(r.phase is Phase.GENERATING for r in entries))
         metrics.wait.set(book.expected_wait())
         metrics.set_shapes(
-            {str(r.key): _state(r) for r in entries},
+            Counter((str(r.key), _state(r)) for r in entries),
             Counter(str(ticket.key) for ticket in book.waiting),
             {str(key) for key in book.unavailable(now)},
         )
+        metrics.set_devices(book.ledger.describe()["devices"], self._out(now))
         health: Health = "able" if book.able() else "unable"
         if self._host.broken is not None:
             health = "broken"
@@ -132,6 +133,15 @@ class Report:
                     waiter.set_result(None)
             self._health_waiters.clear()
 
+    def _out(self, now: float) -> dict[str, float]:
+        """Devices that are out of service, and for how many seconds more."""
+        faulty = {name: pause.until - now for name, pause in self._book.devices.out(now).items()}
+        return {
+            name: max(left, faulty.get(name, 0.0))
+            for name in self._book.ledger.devices
+            if (left := self._host.helpers_pause(name)) or name in faulty
+        }
+
     async def health_after(self, known: Health) -> Health:
         """Wait until the health is another."""
         while self.health == known:
@@ -144,8 +154,11 @@ class Report:
         """For people and for tests; `handles` are the processes by the number of their reservation."""
         now, book = time.monotonic(), self._book
         entries = book.ledger.reservations
+        said, out = book.ledger.describe(), self._out(now)
+        for name, device in said["devices"].items():
+            device["out_s"] = round(out.get(name, 0.0), 1)
         return {
-            **book.ledger.describe(),
+            **said,
             "health": self.health,
             "waiting": len(book.waiting),
             "waiting_by_shape": dict(Counter(str(ticket.key) for ticket in book.waiting)),

@@ -1,12 +1,12 @@
-"""A job on its way, and how many may be."""
+"""A job on its way, how many may be, and whose turn it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ltx2_pool.serving.actions import Waiting
 from ltx2_pool.serving.ledger import Reservation
-from ltx2_pool.serving.schedule import Waiting
 from ltx2_pool.words.outcomes import Video
 from ltx2_pool.words.requests import Job
 
@@ -45,6 +45,8 @@ class Ticket(Waiting):
     process: Reservation | None = None
     """Where it is being made."""
     faults: int = 0
+    faulty: set[str] = field(default_factory=set)
+    """Devices that faulted under it."""
     losses: int = 0
     riddles: int = 0
     attempts: int = 0
@@ -52,3 +54,34 @@ class Ticket(Waiting):
     @property
     def order(self) -> tuple[int, int]:
         return self.turn, self.number
+
+
+class Turns:
+    """Start-time fair queueing over users, each job of cost one (Goyal, Vin, Cheng: Start-time Fair Queuing, 1996).
+
+    A job's turn is one after its user's last, or after the turn that was last served: whoever asks seldom is served
+    beside whoever has fifty jobs waiting, and nobody gains by having been idle.
+    """
+
+    def __init__(self) -> None:
+        self._served = 0
+        self._last: dict[str, int] = {}
+
+    def next(self, user: str) -> int:
+        """The turn of a job that this user has now."""
+        turn = max(self._served, self._last.get(user, 0)) + 1
+        self._last[user] = turn
+        return turn
+
+    def give_back(self, user: str, last: int) -> None:
+        """A job of this user will not be served; `last` is the highest turn of those that still wait, 0 without any."""
+        if last > self._served:
+            self._last[user] = last
+        else:
+            self._last.pop(user, None)
+
+    def serve(self, turn: int) -> None:
+        """A job of that turn starts."""
+        if turn > self._served:
+            self._served = turn
+            self._last = {user: last for user, last in self._last.items() if last > turn}

@@ -57,7 +57,7 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> Iterator[Find
     yield Finding(
         "C++ compiler", "ok" if compiler else "bad", compiler or "none", "install g++: inductor compiles with it"
     )
-    yield from _devices(environment)
+    yield from _devices(settings, environment)
     yield _menu(settings)
     yield _checked("checkpoint", settings.checkpoint, str(settings.model), "give --model a Diffusers-layout directory")
     yield from _caches(settings)
@@ -77,12 +77,15 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> Iterator[Find
         )
 
 
-def _devices(environment: Mapping[str, str]) -> Iterator[Finding]:
+def _devices(settings: Settings, environment: Mapping[str, str]) -> Iterator[Finding]:
     try:
-        devices, driver = device.visible(environment), device.driver()
+        devices, driver = device.select(settings.devices, environment), device.driver()
     except DeviceError as error:
-        yield Finding("device", "bad", str(error), "a GPU or its driver is broken: no process would find it either")
+        cure = "a GPU or its driver is broken: no process would find it either; or name another in LTX2_DEVICES"
+        yield Finding("device", "bad", str(error), cure)
         return
+    if not settings.pool_mode:
+        devices = devices[:1]
     if not devices[0].is_gpu:
         asked = environment.get("CUDA_VISIBLE_DEVICES")
         found = f"none is visible with CUDA_VISIBLE_DEVICES={asked!r}" if driver and asked is not None else "none"

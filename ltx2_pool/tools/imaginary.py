@@ -6,7 +6,7 @@ fork `serve`. The prompt of a job says how it misbehaves, ``LTX2_IMAGINARY`` how
 can make no file directly in a directory on the way to them, whatever those lists say.
 
 ``LTX2_IMAGINARY`` is a list such as ``64x64@9f=eof,weights=hang``; ``BEHAVIOUR:once:FILE`` misbehaves only while the
-file is absent, and makes it.
+file is absent, and makes it. ``weights on cpu:1=hang`` is meant for one device, and wins.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socket
@@ -60,6 +61,10 @@ class Generator:
 
     weights_bytes = 0
 
+    def agreed(self, stop: bool) -> bool:
+        """As the engine's; but each rank knows itself only."""
+        return stop
+
     def generate(
         self,
         job: Job,
@@ -74,7 +79,7 @@ class Generator:
         ]
         if job.id == "warm-up":
             misbehaviour.start(misbehaviour.child.shape, warm_up=True)
-        prompt = misbehaviour.once(job.prompt)
+        prompt = misbehaviour.once(misbehaviour.of_rank(job.prompt))
         if prompt != job.prompt:
             job = Job(**{**vars(job), "prompt": prompt})
         misbehaviour.before(prompt)
@@ -87,7 +92,16 @@ class Generator:
             sink._job = job
 
 
-def build_generator(recipe: Recipe, modules: object = None) -> Generator:
+@dataclass(frozen=True)
+class Rank:
+    """As the engine's."""
+
+    number: int = 0
+    size: int = 1
+    rendezvous: int | None = None
+
+
+def build_generator(recipe: Recipe, modules: object = None, rank: Rank | None = None) -> Generator:
     """As the engine's."""
     if recipe.model_path == "none there":
         raise LoadError("none there is not a checkpoint")
@@ -185,11 +199,12 @@ def serve(connection_fd: int, *others: int, confined: bool = False) -> None:
         child.confine_to_cache = lambda environ: False
     start = child.ShapeServer._start
 
-    def misbehaving(server: child.ShapeServer, assign: protocol.Assign, desk: socket | None) -> Any:
+    def misbehaving(server: child.ShapeServer, assign: protocol.Assign) -> Any:
         shape = misbehaviour.child.shape = str(assign.key)
+        misbehaviour.child.rank = assign.rank
         print(f"an imaginary child of {shape} starts", flush=True)
         misbehaviour.start(shape)
-        return start(server, assign, desk)
+        return start(server, assign)
 
     child.ShapeServer._start = misbehaving  # type: ignore[method-assign, assignment]
     child.serve(connection_fd, *others)

@@ -46,6 +46,7 @@ no file                  remove the file
 directory                put a directory in the video's place
 fifo                     put a FIFO in the video's place
 memory RESIDENT PEAK     report so many bytes
+rank N: X | Y            X in that rank of a gang, Y in the others
 """.strip()
 
 STARTS = """
@@ -72,6 +73,8 @@ class Child:
 
     connection_fd: int = -1
     shape: str = ""
+    rank: int = 0
+    """In its gang."""
     seen: list[str] = field(default_factory=list)
     """Digests of the pixels of the job's pictures."""
     memory: Memory = field(default_factory=lambda: Memory(resident=1 << 30, peak=2 << 30))
@@ -104,7 +107,7 @@ class LoadError(Exception):
 def start(who: str, *, warm_up: bool = False) -> None:
     """What the start of a shape's process, or of the weights process, was told to do, and when."""
     behaviours = dict(item.split("=", 1) for item in os.environ.get("LTX2_IMAGINARY", "").split(",") if item)
-    behaviour = behaviours.get(who, "")
+    behaviour = behaviours.get(f"{who} on {os.environ.get('LTX2_DEVICES')}", behaviours.get(who, ""))
     if warm_up != (behaviour.partition(":")[0] in ("oom", "compile", "compile unless empty", "no space")):
         return
     behaviour, once, marker = behaviour.partition(":once:")
@@ -225,6 +228,15 @@ def denoise(prompt: str, steps: int, on_step: Callable[[int, int], None]) -> Non
         chunk = b"y" * (1 << 16) + b"\n"
         for _ in range((1 << 30) // len(chunk)):
             os.write(1, chunk)
+
+
+def of_rank(prompt: str) -> str:
+    """What a prompt asks of this rank."""
+    if not prompt.startswith("rank "):
+        return prompt
+    whose, _, what = prompt.removeprefix("rank ").partition(": ")
+    one, _, others = what.partition(" | ")
+    return one if int(whose) == child.rank else others
 
 
 def once(prompt: str) -> str:

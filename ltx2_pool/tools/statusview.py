@@ -43,12 +43,16 @@ def fetch(url: str) -> dict[str, Any]:
 
 
 def show(status: dict[str, Any], console: Console) -> None:
-    """Print one line for each shape of the menu, then the queue, the memory and the last errors."""
-    processes = {process["shape"]: process for process in status["processes"]}
+    """Print a line for each process and each shape without one, then the queue, the memory and the last errors."""
+    processes: dict[str, list[dict[str, Any]]] = {}
+    for process in status["processes"]:
+        processes.setdefault(process["shape"], []).append(process)
+    devices = list(status.get("devices", {}))
     waiting, traffic = status.get("waiting_by_shape", {}), status.get("traffic", {})
     table = Table(
         "shape",
         "state",
+        "device",
         "pid",
         "age",
         "jobs",
@@ -59,22 +63,23 @@ def show(status: dict[str, Any], console: Console) -> None:
         title=f"{status['model']}, menu {status['menu']}, ltx2-pool {status['version']}",
     )
     for key in status["shapes"]:
-        process = processes.get(key)
-        state = process["state"] if process else "–"
-        if key in status.get("unavailable", {}):
-            state = f"unavailable for {status['unavailable'][key]:.0f} s"
-        memory = (process or {}).get("memory") or {}
-        table.add_row(
-            key,
-            f"[{_COLOURS.get(state, 'dim')}]{state}[/]",
-            str(process["pid"]) if process else "",
-            f"{process['age_s']:.0f} s" if process else "",
-            str(process["jobs_done"]) if process else "",
-            str(waiting.get(key, 0) or ""),
-            f"{memory['resident'] / _GIB:.2f} GiB" if memory else "",
-            f"{memory['peak'] / _GIB:.2f} GiB" if memory else "",
-            f"{traffic[key]:.1f}" if key in traffic else "",
-        )
+        for number, process in enumerate(processes.get(key) or [{}]):
+            state = process.get("state", "–")
+            if key in status.get("unavailable", {}):
+                state = f"unavailable for {status['unavailable'][key]:.0f} s"
+            memory = process.get("memory") or {}
+            table.add_row(
+                key if number == 0 else "",
+                f"[{_COLOURS.get(state, 'dim')}]{state}[/]",
+                ", ".join(str(devices.index(each)) for each in process.get("devices", ())),
+                str(process["pid"]) if process else "",
+                f"{process['age_s']:.0f} s" if process else "",
+                str(process["jobs_done"]) if process else "",
+                str(waiting.get(key, 0) or "") if number == 0 else "",
+                f"{memory['resident'] / _GIB:.2f} GiB" if memory else "",
+                f"{memory['peak'] / _GIB:.2f} GiB" if memory else "",
+                f"{traffic[key]:.1f}" if key in traffic and number == 0 else "",
+            )
     console.print(table)
     console.print(
         f"jobs      {status['running']} running, {status['waiting']} waiting, "
@@ -82,11 +87,12 @@ def show(status: dict[str, Any], console: Console) -> None:
     )
     helpers = ", ".join(f"{name} {pid or 'none'}" for name, pid in status.get("helpers", {}).items())
     console.print(f"health    {status['health']}   helpers: {helpers or 'none'}")
-    for name, device in status.get("devices", {}).items():
+    for number, (name, device) in enumerate(status.get("devices", {}).items()):
         budget = "not known yet" if device["budget"] is None else f"{device['budget'] / _GIB:.1f} GiB"
+        out = f", out of service for {device['out_s']:.0f} s" if device.get("out_s") else ""
         console.print(
-            f"device    {name}: {device['processes']} processes (K {status['max_size']}) hold "
-            f"{device['held'] / _GIB:.1f} of {budget}, {device['leases']} leases"
+            f"device {number}  {name}: {device['processes']} processes (K {status['max_size']}) hold "
+            f"{device['held'] / _GIB:.1f} of {budget}, {device['leases']} leases{out}"
         )
     for key, error in status.get("last_errors", {}).items():
         console.print(f"last error of {key}:", style="yellow")

@@ -40,16 +40,19 @@ class Device:
     """One GPU, one MIG instance of one, or the CPU."""
 
     id: str
-    """``cpu``, or the UUID that the driver gives it (``GPU-...``, ``MIG-...``), which CUDA_VISIBLE_DEVICES takes."""
+    """``cpu``, ``cpu:N`` for a stand-in, or the UUID that the driver gives it (``GPU-...``, ``MIG-...``), which
+    CUDA_VISIBLE_DEVICES takes."""
     name: str
     capability: str
     """CUDA compute capability, for instance ``9.0``; the architecture of a CPU."""
     total: int = 0
     """Bytes of its memory; 0 for the CPU."""
+    share: float = 1.0
+    """The part of main memory that a stand-in has."""
 
     @property
     def is_gpu(self) -> bool:
-        return self.id != "cpu"
+        return not self.id.startswith("cpu")
 
     def free(self) -> int:
         """Bytes that are free now, for everybody: of the device, of main memory for the CPU. Raises DeviceError.
@@ -57,7 +60,7 @@ class Device:
         Starting NVML for a question takes some 10 ms (H100): ask in a thread where an event loop must not wait.
         """
         if not self.is_gpu:
-            return main_memory()
+            return int(main_memory() * self.share)
         with _nvml() as nvml:
             if nvml is None:
                 raise DeviceError(f"{self.id} is gone: there is no NVIDIA driver any more")
@@ -76,6 +79,7 @@ class Device:
 
 
 CPU = Device("cpu", "cpu", platform.machine())
+_STAND_IN = re.compile(r"cpu(:(0|[1-9]\d{0,2}))?")
 
 
 def visible(environment: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
@@ -96,6 +100,65 @@ def visible(environment: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
     asked = environment.get("CUDA_VISIBLE_DEVICES")
     chosen = gpus if asked is None else _choose(gpus, asked)
     return tuple(device for gpu in chosen for device in gpu.devices) or (CPU,)
+
+
+def select(asked: str, environment: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
+    """The devices that ``--devices`` names: ``all`` visible ones, or a list with commas between.
+
+    All are those of one kind, the first's. An entry of a list is an index among the visible ones, a UUID or its
+    beginning, or ``cpu:N``, a stand-in for a GPU that has an equal share of main memory. Raises DeviceError.
+    """
+    there = visible(environment)
+    entries = [entry.strip() for entry in asked.split(",")]
+    if entries == ["all"]:
+        chosen = [device for device in there if _kind(device) == _kind(there[0])]
+        for device in there:
+            if device not in chosen:
+                _log.warning("%s (%s) is left out: one worker serves GPUs of one kind", device.name, device.id)
+    elif any(entry.startswith("cpu") for entry in entries):
+        for entry in entries:
+            if not _STAND_IN.fullmatch(entry):
+                raise _wrong(asked, f"{entry!r} does not go with stand-ins, which are written cpu:0,cpu:1", there)
+        chosen = [Device(entry, "cpu", CPU.capability, share=1 / len(entries)) for entry in entries]
+    else:
+        chosen = [_named(entry, asked, there) for entry in entries]
+    for device in chosen:
+        if chosen.count(device) > 1:
+            raise _wrong(asked, f"{device.id} is there twice", there)
+    if len({_kind(device) for device in chosen}) > 1:
+        kinds = ", ".join(f"{device.id} is {device.name}" for device in chosen)
+        raise _wrong(asked, f"one worker serves GPUs of one kind, and {kinds}; start one worker for each kind", there)
+    return tuple(chosen)
+
+
+def _kind(device: Device) -> tuple[str, str]:
+    """What compile caches are bound to."""
+    return device.name, device.capability
+
+
+def _named(entry: str, asked: str, there: Sequence[Device]) -> Device:
+    if entry.isdecimal():
+        if int(entry) >= len(there) or not there[0].is_gpu:
+            raise _wrong(asked, f"there is no GPU {entry}", there)
+        return there[int(entry)]
+    found = [device for device in there if device.is_gpu and len(entry) > len("GPU-") and device.id.startswith(entry)]
+    if len(found) != 1:
+        what = "nothing" if not found else f"{len(found)} devices"
+        raise _wrong(asked, f"{entry!r} names {what}", there)
+    return found[0]
+
+
+def _wrong(asked: str, why: str, there: Sequence[Device]) -> DeviceError:
+    names = ", ".join(f"{number}: {device.id}" for number, device in enumerate(there) if device.is_gpu)
+    return DeviceError(f"--devices (LTX2_DEVICES) {asked}: {why}. Visible here: {names or 'no GPU'}")
+
+
+def shown(ids: Sequence[str]) -> dict[str, str]:
+    """The environment of a process that may see these devices and no other; ``cpu`` alone changes nothing."""
+    if list(ids) == [CPU.id]:
+        return {}
+    gpus = [each for each in ids if not each.startswith("cpu")]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "LTX2_DEVICES": ",".join(ids)}
 
 
 def driver() -> str:

@@ -16,6 +16,8 @@ from ltx2_pool.words.checkpoint import Checkpoint
 from ltx2_pool.words.pictures import Size
 from ltx2_pool.words.shapes import Key, Shape
 
+MAX_GPUS = 8
+"""Of a gang: those that one host usually has."""
 REFINE_STEPS = (2, 3)
 """Steps that the second stage may have: the schedules that FastVideo knows (pipelines/basic/ltx2/ltx2_pipeline.py)."""
 
@@ -39,6 +41,8 @@ class Offer:
     """Whether a video may start from a picture."""
     optimize: bool | None = None
     """Whether the transformer is quantized; None: as the worker is told."""
+    gpus: int = 1
+    """Devices that make one video together, each with a rank of a gang."""
 
     @property
     def key(self) -> Key:
@@ -150,6 +154,7 @@ class Menu:
 def _entry(offer: Offer) -> list[object]:
     shape: list[object] = [offer.shape.width, offer.shape.height, offer.shape.num_frames]
     options = {
+        "gpus": offer.gpus if offer.gpus > 1 else None,
         "image": 0 if not offer.image else None,
         "optimize": None if offer.optimize is None else int(offer.optimize),
         "refine": offer.refine or None,
@@ -165,7 +170,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "guidance": (1, 30),
     "seed": (0, 2**32 - 1),
 }
-_HOW = ("refine", "image")
+_HOW = ("refine", "image", "gpus")
 """How videos are made: for the whole menu, a variant or one entry; the nearest counts."""
 
 
@@ -271,6 +276,11 @@ class _MenuReader:
                 self.fail(nodes["image"], f"the checkpoint cannot start from a picture: {self.checkpoint.no_image}")
         if "refine" in nodes:
             offer = replace(offer, refine=self._refine(nodes["refine"]))
+        if "gpus" in nodes:
+            gpus = self._scalar(nodes["gpus"])
+            if not isinstance(gpus, int) or isinstance(gpus, bool) or not 1 <= gpus <= MAX_GPUS:
+                self.fail(nodes["gpus"], f"gpus must be a whole number from 1 to {MAX_GPUS}")
+            offer = replace(offer, gpus=gpus)
         return offer
 
     def _refine(self, node: yaml.Node) -> int:
@@ -312,6 +322,15 @@ class _MenuReader:
                 offer.shape.half.check()
             except ValueError as error:
                 self.fail(node, str(error))
+        for shape in (offer.shape, *([offer.shape.half] if offer.refine else [])):
+            if shape.tokens % offer.gpus:  # FastVideo would pad them, and attention would see the padding
+                fitting = [str(gpus) for gpus in range(2, MAX_GPUS + 1) if not shape.tokens % gpus]
+                self.fail(
+                    node,
+                    f"{offer.shape.key} cannot be made by {offer.gpus} GPUs: its {shape.tokens} tokens"
+                    f"{' of the first stage' if shape != offer.shape else ''} cannot be divided evenly; "
+                    f"possible: {', '.join(fitting) or 'one GPU only'}",
+                )
         return offer
 
     def _variants(self, node: yaml.Node | None, model: str) -> list[tuple[str, yaml.Node]]:

@@ -29,13 +29,15 @@ Reason = Literal[
     "send_failed",
     "cancel_timeout",
     "weights_lost",
+    "device_lost",
     "helper",
     "system",
 ]
 """Why a process was lost.
 
 The first three are failed starts. ``oom`` is memory, of the device or of the host, that ran out; ``killed`` is a signal
-from outside; ``silent`` sent nothing for too long; ``helper`` means that the zygote, the weights process or the guard
+from outside; ``silent`` sent nothing for too long; ``device_lost`` ran on a device that was taken out of service;
+``helper`` means that the zygote, the weights process or the guard
 could not be started, ``system`` that this machine refused a descriptor, a process, memory, room on a disk or a file.
 """
 
@@ -45,7 +47,7 @@ JOBS_OWN_FAULT: frozenset[Reason] = frozenset(("gen_eof", "gen_timeout", "cuda_f
 """Losses that the job in work may have caused, if its first phase had begun."""
 
 FROM_OUTSIDE: frozenset[Reason] = frozenset(
-    ("killed", "oom", "silent", "send_failed", "cancel_timeout", "weights_lost", "helper")
+    ("killed", "oom", "silent", "send_failed", "cancel_timeout", "weights_lost", "device_lost", "helper")
 )
 """Losses that something outside the process and its job explains."""
 

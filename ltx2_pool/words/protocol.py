@@ -36,7 +36,8 @@ class _Message(BaseModel):
 class Assign(_Message):
     """Parent to child, first and once: the key that the process is pinned to for life.
 
-    Its second inherited descriptor is memory in which it finds the pixels of a job's pictures.
+    Its second inherited descriptor is memory in which it finds the pixels of a job's pictures. One rank of a gang has
+    memory in which the ranks find each other as its last.
     """
 
     type: Literal["assign"] = "assign"
@@ -48,6 +49,8 @@ class Assign(_Message):
     """Videos to make and throw away before READY, so that the shape is hot then."""
     borrow: bool = False
     """Borrow the weights over the third inherited descriptor instead of loading the checkpoint."""
+    rank: int = 0
+    """Of this process in a gang of as many as the recipe has GPUs."""
 
 
 class Lending(_Message):
@@ -81,7 +84,10 @@ class Checksum(_Message):
 
 
 class Generate(_Message):
-    """Parent to child: make this video and write it to the file that the parent has made for this attempt."""
+    """Parent to child: make this video and write it to the file that the parent has made for this attempt.
+
+    All ranks of a gang are told, and answer; rank 0 alone has a video, and writes it.
+    """
 
     type: Literal["generate"] = "generate"
     job: Job

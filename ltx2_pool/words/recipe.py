@@ -64,6 +64,8 @@ class Recipe(BaseModel):
     """Videos may start from a picture: a second graph of each size is compiled."""
     refine: int = 0
     """Steps of a second stage at full size, after a first one at half of it; 0: one stage."""
+    gpus: int = 1
+    """Ranks of the gang that makes one video, each on a device of its own."""
     video: VideoSettings = VideoSettings()
 
     def of(self, offer: Offer) -> Recipe:
@@ -71,7 +73,8 @@ class Recipe(BaseModel):
         quantization = self.quantization
         if offer.optimize is not None:
             quantization = "auto" if offer.optimize else None
-        return self.model_copy(update={"image": offer.image, "refine": offer.refine, "quantization": quantization})
+        of_offer = {"image": offer.image, "refine": offer.refine, "gpus": offer.gpus}
+        return self.model_copy(update={**of_offer, "quantization": quantization})
 
     def on(self, capability: str) -> Recipe:
         """This recipe with every choice made for a device, by its CUDA compute capability (``9.0``; a CPU: anything

@@ -57,6 +57,9 @@ class Settings(BaseModel):
         flag="--run-dir",
     )
 
+    devices: str = _option(
+        "all", "LTX2_DEVICES", "all visible GPUs, or indices or UUIDs; cpu:0,cpu:1 are stand-ins", flag="--devices"
+    )
     pool_mode: bool = _option(
         False,
         "LTX2_POOL_MODE",

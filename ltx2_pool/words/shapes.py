@@ -47,6 +47,12 @@ class Shape:
         """Pixels of all frames."""
         return self.width * self.height * self.num_frames
 
+    @property
+    def tokens(self) -> int:
+        """Cells of its latent video: what the transformer's attention sees, and what the ranks of a gang share."""
+        latent_frames = (self.num_frames - 1) // TEMPORAL_FACTOR + 1
+        return self.width // SPATIAL_FACTOR * (self.height // SPATIAL_FACTOR) * latent_frames
+
     def __str__(self) -> str:
         return self.key
 

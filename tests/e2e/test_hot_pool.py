@@ -118,21 +118,21 @@ def test_weights_are_held_once_and_nobody_changes_them(model, baked, tmp_path):
         host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK, offers=OFFERS)
         async with processes(host, A, B, C) as pairs:
             started = [process for process, _ in pairs]
-            before = await host.weights.checksum()
+            before = await host.weights["cpu"].checksum()
             with pytest.raises(PermissionError):  # it is sealed: nobody can write, whatever it does
-                os.pwrite(lent_file(host.weights.pid), b"x", 0)
-            lent = host.lending.bytes
+                os.pwrite(lent_file(host.weights["cpu"].pid), b"x", 0)
+            lent = host.lending("cpu").bytes
             checkpoint = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
             assert lent == pytest.approx(checkpoint, rel=0.1)
             for number in range(12):
                 for process in started:
                     await make(process, job(process.key.shape), tmp_path)
                 if number == 0:
-                    everybody = [host.weights.pid, *(process.pid for process in started)]
+                    everybody = [host.weights["cpu"].pid, *(process.pid for process in started)]
                     held = sum(pss_of_weights(pid) for pid in everybody)
                     assert held == pytest.approx(checkpoint, rel=0.1)
                     assert all(process.memory.weights == 0 for process in started)
-            assert await host.weights.checksum() == before
+            assert await host.weights["cpu"].checksum() == before
 
     uvloop.run(body())
 
@@ -143,15 +143,15 @@ def test_what_is_lent_outlives_its_lender(model, baked, tmp_path):
     async def body() -> None:
         host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK, offers=OFFERS)
         async with processes(host, A) as ((process, _),):
-            before, lent = await host.weights.checksum(), host.lending
+            before, lent = await host.weights["cpu"].checksum(), host.lending("cpu")
             for _ in range(2):
-                killed = host.weights.pid
+                killed = host.weights["cpu"].pid
                 os.kill(killed, signal.SIGKILL)
-                while host.weights.pid in (killed, None):
+                while host.weights["cpu"].pid in (killed, None):
                     assert process.alive
-                    assert host.lending == lent
+                    assert host.lending("cpu") == lent
                     await asyncio.sleep(0.01)
-                assert await host.weights.checksum() == before
+                assert await host.weights["cpu"].checksum() == before
             other = host.process(Key(B))
             await host.start_process(other)
             for one in (process, other):
@@ -171,7 +171,7 @@ def test_a_loan_that_nobody_can_take_over_is_given_up(model, baked, tmp_path, mo
     async def body() -> None:
         host = ProcessHost(Recipe(model_path=str(model)), baked, tmp_path / "scratch", QUICK, offers=OFFERS)
         async with processes(host, A) as ((process, _),):
-            before = await host.weights.checksum()
+            before = await host.weights["cpu"].checksum()
             failures = iter(range(weights.SUCCESSORS))
 
             def refused(*_: object) -> None:
@@ -180,7 +180,7 @@ def test_a_loan_that_nobody_can_take_over_is_given_up(model, baked, tmp_path, mo
 
             with monkeypatch.context() as short:
                 short.setattr(lending, "hand_over", refused)
-                os.kill(host.weights.pid, signal.SIGKILL)
+                os.kill(host.weights["cpu"].pid, signal.SIGKILL)
                 while process.alive:
                     with contextlib.suppress(ProcessLost):
                         await host.prepare()
@@ -189,7 +189,7 @@ def test_a_loan_that_nobody_can_take_over_is_given_up(model, baked, tmp_path, mo
             assert (await process.loss()).reason == "weights_lost"
             host._pause.succeeded()
             await host.prepare()
-            assert await host.weights.checksum() == before
+            assert await host.weights["cpu"].checksum() == before
 
     uvloop.run(body())
 

@@ -88,7 +88,7 @@ class Run:
         try:
             began = time.monotonic()
             await host.prepare()
-            lending = host.lending
+            lending = host.lending("cpu")
             assert lending is not None
             self.report["weights"] = {**lending.model_dump(), "with_zygote_s": time.monotonic() - began}
             self.note("zygote and weights process are ready")
@@ -146,13 +146,13 @@ class Run:
             self.report["all_hot_s"] = time.monotonic() - began
             self.report["hot"] = [p["shape"] for p in pool.status()["processes"] if p["state"] == "ready"]
             self.note(f"{len(self.report['hot'])} of {len(self.menu.shapes)} shapes are hot at once")
-            assert host.weights is not None
-            before = await host.weights.checksum()
+            assert host.weights
+            before = await host.weights["cpu"].checksum()
             for shape in self.menu.shapes:
                 if shape.key in self.report["hot"]:
                     await self.videos_of(pool, shape)
             self.report["device_free"] = here.free()
-            self.report["weights_unchanged"] = await host.weights.checksum() == before
+            self.report["weights_unchanged"] = await host.weights["cpu"].checksum() == before
             self.report["status"] = pool.status()
             self.note(f"weights unchanged: {self.report['weights_unchanged']}; free: {here.free() >> 20} MiB")
             await self.beside_a_spawn(pool)
@@ -229,8 +229,8 @@ class Run:
             "same_process": self.pid(pool, shape) == before,
         }
         self.report["weights_killed"] = found
-        assert host.weights is not None
-        await host.weights.checksum()
+        assert host.weights
+        await host.weights["cpu"].checksum()
         found["weights_again_s"] = time.monotonic() - killed
         since = time.monotonic()
         os.kill(before, signal.SIGKILL)

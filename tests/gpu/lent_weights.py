@@ -187,11 +187,11 @@ class Run:
         async with self._host(program) as host:
             with self.step(f"{name}: start", needed=True) as entry:
                 await asyncio.wait_for(host.prepare(), self.left())
-                assert host.lending is not None
-                entry["lending"] = host.lending.model_dump()
-                entry["said"] = [line for line in host.weights._process.tail if "CUDA IPC" in line]
+                assert host.lending("cpu") is not None
+                entry["lending"] = host.lending("cpu").model_dump()
+                entry["said"] = [line for line in host.weights["cpu"]._process.tail if "CUDA IPC" in line]
                 assert bool(entry["said"]) == (self.on_device and program == "serve_by_ipc")
-                entry["checksum"] = checksum = await asyncio.wait_for(host.weights.checksum(), self.left())
+                entry["checksum"] = checksum = await asyncio.wait_for(host.weights["cpu"].checksum(), self.left())
                 entry["device_mib"] = _settled()
             with self.step(f"{name}: borrowers", needed=True) as entry:
                 victim, sibling = [await self._borrower(host, entry) for _ in range(2)]
@@ -209,7 +209,7 @@ class Run:
                 entry["sibling_meanwhile_same"] = await meanwhile == first
                 entry["sibling_afterwards_same"] = await self._video(sibling) == first
                 entry["sibling_alive"] = sibling.alive
-                after = await asyncio.wait_for(host.weights.checksum(), self.left())
+                after = await asyncio.wait_for(host.weights["cpu"].checksum(), self.left())
                 entry["checksum_same"] = after == checksum
                 same = all(entry[word] for word in entry if word.startswith("sibling") or word == "checksum_same")
                 assert same or (writable and self.on_device)
@@ -227,7 +227,7 @@ class Run:
                 for process in ten:
                     await asyncio.wait_for(process.exited(), 60)
                 entry["device_mib"]["after"] = _settled(before)
-                entry["checksum_same"] = await asyncio.wait_for(host.weights.checksum(), self.left()) == after
+                entry["checksum_same"] = await asyncio.wait_for(host.weights["cpu"].checksum(), self.left()) == after
                 assert entry["checksum_same"]
                 if before is not None:
                     assert abs(entry["device_mib"]["after"] - before) < 8

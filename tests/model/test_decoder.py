@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import queue
 import subprocess
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from ltx2_pool.model import (
     decoder,
     engine,  # noqa: F401 - before FastVideo: it keeps FastVideo's kernels out
 )
+from ltx2_pool.model.rank import Rank
 from ltx2_pool.model.wayout import WayOut
 from tests.paths import REPOSITORY
 
@@ -73,6 +78,48 @@ def test_frames_are_those_of_the_whole(monkeypatch, window, frames, padding, ver
     many = {("2.0", 1): 2, ("2.0", 200_000): 4, ("2.3", 1): 1, ("2.3", 200_000): 3}
     assert (len(parts) > 1) == (frames > many.get((version, window), 16))
     assert int((ours.int() - theirs.int()).abs().max()) <= 1  # of 255: another order of sums
+
+
+@dataclass(frozen=True)
+class Thread(Rank):
+    """A rank in a thread: what it sends to another lies in the queue between the two."""
+
+    queues: Any = None
+
+    def neighbours(self, x):
+        edges = {self.number - 1: x[:, :, :1], self.number + 1: x[:, :, -1:]}
+        beside = [number for number in edges if 0 <= number < self.size]
+        for number in beside:
+            self.queues[self.number, number].put(edges[number].clone())
+        got = {number: self.queues[number, self.number].get(timeout=60) for number in beside}
+        return got.get(self.number - 1), got.get(self.number + 1)
+
+    def gathered(self, x):
+        for number in range(self.size):
+            self.queues[self.number, number].put(x)
+        return torch.cat([self.queues[number, self.number].get(timeout=60) for number in range(self.size)], dim=2)
+
+    def give(self, tensor):
+        self.queues[self.number, 0].put(tensor)
+
+    def take(self, number, tensor):
+        return tensor.copy_(self.queues[number, 0].get(timeout=60))
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "window"), [(2, 1, 1), (2, 2, 1), (2, 16, decoder.WINDOW_PIXELS), (3, 7, 1), (4, 8, 1)]
+)
+@pytest.mark.parametrize("version", OF_VERSION)
+def test_ranks_share_the_frames(monkeypatch, version, size, frames, window):
+    monkeypatch.setattr(decoder, "WINDOW_PIXELS", window)
+    streaming, given = decoder.StreamingDecoder(vae(OF_VERSION[version])), latents(frames)
+    queues = collections.defaultdict(queue.Queue)
+    ranks = [Thread(number, size, queues=queues) for number in range(size)]
+    with concurrent.futures.ThreadPoolExecutor(size) as threads:
+        together, *others = threads.map(lambda rank: list(streaming.frames(given, rank)), ranks)
+    assert not any(others)
+    alone = torch.cat(list(streaming.frames(given)))
+    assert int((torch.cat(together).int() - alone.int()).abs().max()) <= 1
 
 
 def test_in_bfloat16_it_is_near_to_what_float32_would_be():

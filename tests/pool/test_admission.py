@@ -81,9 +81,9 @@ async def test_a_waiting_client_of_a_cold_shape_pays_for_one_video(make_pool, tm
     """What is started for a job makes no warm-up first; what is started ahead does."""
     made = []
 
-    def warm_up(shape):
-        made.append(shape)
-        return job(shape)
+    def warm_up(key):
+        made.append(key.shape)
+        return (job(key.shape),)
 
     async with make_pool(warm_up=warm_up, prewarm=[B], ready_min=1) as pool:
         await make(pool, A)
@@ -184,7 +184,7 @@ async def test_losses_that_are_not_its_own_are_never_held_against_a_job(make_poo
 async def test_shapes_are_started_ahead_one_by_one_and_only_while_nobody_waits(make_pool, gate, monkeypatch):
     door = gate()
     monkeypatch.setenv("LTX2_IMAGINARY", f"{B.key}=gate{door.path}")
-    async with make_pool(max_size=3, prewarm=[A, B, C], ready_min=1, warm_up=job) as pool:
+    async with make_pool(max_size=3, prewarm=[A, B, C], ready_min=1, warm_up=lambda key: (job(key.shape),)) as pool:
         assert states(pool) == {A.key: "ready", B.key: "spawning"}
         inner = gate()
         busy = asyncio.create_task(make(pool, A, f"gate {inner.path}"))

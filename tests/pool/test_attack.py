@@ -50,7 +50,7 @@ async def test_a_budget_is_not_measured_while_the_weights_are_dying(make_pool, g
     door, pools = gate(), []
 
     def free(_: Device) -> int:  # 40 GiB of weights, there or gone
-        return 60 * GIB if pools[0]._host.lending is not None else 100 * GIB
+        return 60 * GIB if pools[0]._host.lending("cpu") is not None else 100 * GIB
 
     monkeypatch.setattr(Device, "free", free)
     prompts = [f"gate {door.path}"]
@@ -60,7 +60,7 @@ async def test_a_budget_is_not_measured_while_the_weights_are_dying(make_pool, g
         known={},
         prewarm=[A],
         devices=DEVICES,
-        warm_up=lambda shape: job(shape, prompts.pop() if prompts else "fine"),
+        warm_up=lambda shape: (job(shape.shape, prompts.pop() if prompts else "fine"),),
     ) as pool:
         pools.append(pool)
         fd = await door.wait_for_child()
@@ -68,7 +68,7 @@ async def test_a_budget_is_not_measured_while_the_weights_are_dying(make_pool, g
         os.kill(weights, signal.SIGKILL)
         os.close(fd)
         both_unheard(pool, weights)
-        await until(lambda: pool._host.lending is not None and states(pool).get(A.key) == "ready")
+        await until(lambda: pool._host.lending("cpu") is not None and states(pool).get(A.key) == "ready")
         await make(pool, A)
         assert pool.status()["devices"]["cpu"]["budget"] <= 62 * GIB
 

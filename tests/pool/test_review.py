@@ -71,7 +71,7 @@ async def test_a_job_dispatched_while_its_process_is_killed_is_tried_again(make_
     async with make_pool(limits=SHORT, weights="shared") as pool:
         await make(pool)
         task = asyncio.create_task(make(pool))
-        asyncio.get_running_loop().call_soon(pool._on_weights_lost)
+        asyncio.get_running_loop().call_soon(pool._on_weights_lost, "cpu")
         assert (await task).path.exists()
 
 

@@ -62,7 +62,7 @@ async def test_weights_that_do_not_load_are_tried_once_for_all_who_wait(make_hos
             assert not {one.reason for one in lost} & SHAPES_OWN_FAULT
             assert "no checkpoint" in str(lost[0])
             assert spawner.launches == attempt
-        assert 0 < place.host.helpers_pause <= 5
+        assert 0 < place.host.helpers_pause("cpu") <= 5
         assert {one.reason for one in await fail_all(place)} == {"helper"}
         assert spawner.launches == 3, "it was tried in the pause"
 
@@ -72,9 +72,9 @@ async def test_zygotes_that_do_not_fork_count_once_for_all_who_wait(make_host: M
     async with make_host(spawner=spawner) as place:
         for _ in range(2):
             assert {one.reason for one in await fail_all(place)} == {"helper"}
-            assert not place.host.helpers_pause
+            assert not place.host.helpers_pause("cpu")
         await fail_all(place)
-        assert place.host.helpers_pause
+        assert place.host.helpers_pause("cpu")
         launches = spawner.launches
         await fail_all(place)
         assert spawner.launches == launches
@@ -89,7 +89,7 @@ async def test_a_start_that_works_ends_the_count(make_host: MakeHost) -> None:
             await fail_all(place)
             spawner.fail = None
             await place.ready()
-        assert not place.host.helpers_pause
+        assert not place.host.helpers_pause("cpu")
 
 
 def test_pauses_grow_to_five_minutes() -> None:
@@ -112,9 +112,9 @@ def test_pauses_grow_to_five_minutes() -> None:
 async def test_borrowers_end_with_the_weights_process(make_host: MakeHost) -> None:
     told = []
     async with make_host(weights="shared") as place:
-        place.host.on_weights_lost(lambda: told.append(place.host.lending))
+        place.host.on_weights_lost(lambda device: told.append(place.host.lending(device)))
         first, second = await place.ready(), await place.ready(KEYS[1])
-        assert place.host.lending is not None
+        assert place.host.lending("cpu") is not None
         os.kill(place.host.pids["weights"], signal.SIGKILL)
         await until(lambda: told)
         assert told == [None]
@@ -125,7 +125,7 @@ async def test_borrowers_end_with_the_weights_process(make_host: MakeHost) -> No
         assert caught.value.reason == "weights_lost"
         third = await place.ready()
         assert third.alive
-        assert await place.host.weights.checksum() == "imaginary"
+        assert await place.host.weights["cpu"].checksum() == "imaginary"
 
 
 async def test_a_stopped_weights_process_is_replaced(make_host: MakeHost) -> None:
@@ -216,17 +216,17 @@ async def test_a_weights_process_that_cannot_be_killed_gets_no_second_one_beside
             else:
                 os.close(await door.wait_for_child())
             pid = place.host.pids["weights"]
-            place.host.weights._process.kill()
+            place.host.weights["cpu"]._process.kill()
             await soon(asyncio.wait([preparing]))
             for _ in range(2):
-                assert not place.host.helpers_pause
+                assert not place.host.helpers_pause("cpu")
                 lost = await fail_all(place)
                 assert {one.reason for one in lost} == {"helper"}
                 assert "does not end, although it was killed" in str(lost[0])
-            assert place.host.helpers_pause
+            assert place.host.helpers_pause("cpu")
             assert spawner.launches == 1
         os.kill(pid, signal.SIGKILL)
-        place.host._pause.succeeded()
+        place.host.weights["cpu"].pause.succeeded()
         starts("")
         assert (await place.ready()).alive
 

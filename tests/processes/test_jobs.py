@@ -169,7 +169,7 @@ def test_only_a_file_that_another_process_may_write_ends_this_one(
         monkeypatch.setitem(sys.modules, f"ltx2_pool.model.{name}", imaginary)
         monkeypatch.setattr(ltx2_pool.model, name, imaginary, raising=False)
     monkeypatch.setattr(child.os, "open", refused)
-    server: Any = child.ShapeServer(Connection(), 0)  # type: ignore[arg-type]
+    server: Any = child.ShapeServer(Connection(), 0, [-1])  # type: ignore[arg-type]
     goes_on = server._serve(imaginary.Generator(), protocol.Generate(job=job(), output=str(tmp_path / "video.mp4")))
     (answer,) = answers
     assert isinstance(answer, protocol.Failed)
@@ -244,7 +244,7 @@ def test_memory_is_given_back_before_the_device_is(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(imaginary, "trim_memory", lambda: order.append("trim"))
     output = tmp_path / "video.mp4"
     output.touch()
-    server: Any = child.ShapeServer(Connection(), 0)  # type: ignore[arg-type]
+    server: Any = child.ShapeServer(Connection(), 0, [-1])  # type: ignore[arg-type]
     assert server._serve(imaginary.Generator(), protocol.Generate(job=job(), output=str(output)))
     assert [what for what in order if what != "step"] == ["text", "denoise", "decode", "trim", "encode", "trim", "done"]
 

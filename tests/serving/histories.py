@@ -13,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ltx2_pool.serving import schedule
-from ltx2_pool.serving.book import FAULTS, LOSSES, Begin, Book, parameters
+from ltx2_pool.serving.actions import Action, Evict, Pause, Start, State, Wake
+from ltx2_pool.serving.book import FAULTS, LOSSES, Begin, Book
 from ltx2_pool.serving.breaker import Pauses
 from ltx2_pool.serving.ledger import ACTIVE, Ledger, Phase, Reservation
-from ltx2_pool.serving.schedule import Evict, Pause, Start
+from ltx2_pool.serving.poisons import parameters
 from ltx2_pool.serving.tickets import Limits, Ticket
-from ltx2_pool.words.outcomes import JobFailed, Poisonous, PoolClosed, ProcessLost, Rejected, Video
+from ltx2_pool.words.outcomes import JobFailed, Poisonous, PoolClosed, ProcessLost, Reason, Rejected, Video
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.requests import Job
 from ltx2_pool.words.shapes import Key, Shape
@@ -30,7 +31,7 @@ INNOCENT = ("killed", "weights_lost", "silent", "send_failed", "oom")
 GUILTY = ("gen_eof", "cuda_fault", "parse_error", "desync")
 STARTS = ("spawn_eof", "spawn_timeout", "killed", "system", "weights_lost", "oom")
 VIDEO = Video(None, 0, {})  # type: ignore[arg-type]
-Decide = Callable[[schedule.State], list[schedule.Action]]
+Decide = Callable[[State], list[Action]]
 
 
 class Broken(AssertionError):
@@ -52,7 +53,9 @@ class World:
     def __init__(self, number: int, decide: Decide = schedule.decide) -> None:
         self.random = random.Random(number)
         pick = self.random.random
-        self.devices = ("d0", "d1") if pick() < 0.4 else ("d0",)
+        roll = pick()
+        count = 1 if roll < 0.5 else 2 if roll < 0.75 else self.random.randrange(3, 9)
+        self.devices = tuple(f"d{n}" for n in range(count))
         self.concurrency = 1 if pick() < 0.7 else 2
         self.budget = self.random.randrange(20, 80)
         self.max_processes = None if pick() < 0.6 else self.random.randrange(1, 4)
@@ -70,8 +73,9 @@ class World:
             if pick() < 0.7:
                 self.ledger.observe(key, MEMORIES[self.true[key]])
         ahead = self.keys if pick() < 0.3 else ()
+        self.gpus = {key: self.random.randrange(1, 5) for key in self.keys if pick() < 0.3} if count > 1 else {}
         limits = Limits(8, 5, 6, patience=3.0)
-        self.book = Book(self.ledger, limits, self.keys, ahead, Pauses(2.0, 8.0, 0.1, 1.0), decide=decide)
+        self.book = Book(self.ledger, limits, self.keys, ahead, Pauses(2.0, 8.0, 0.1, 1.0), self.gpus, decide)
         self.now = 0.0
         self.wake: float | None = None
         self.lives: dict[int, Life] = {}
@@ -81,7 +85,7 @@ class World:
         self.faults: Counter[Job] = Counter()
         self.passes: Counter[int] = Counter()
         self.kind: Counter[str] = Counter()
-        self.helpers: Pause | None = None
+        self.helpers: dict[str, Pause] = {}
 
     # Events.
 
@@ -169,26 +173,34 @@ class World:
             self.innocent_unless(self.faults[parameters(ticket.job)] >= FAULTS)
         life.stage = "ending"
 
-    def lose_weights(self) -> None:
-        for device in self.devices:
+    def end_all_on(self, device: str, reason: Reason) -> None:
+        """The weights of a device are lost, or it is taken out."""
+        if self.lends:
             self.ledger.set_budget(device, None)
         for life in self.lives.values():
-            if life.stage == "starting":
-                self.book.start_failed(life.process, ProcessLost("p", "weights_lost", "w"), self.now)
-            elif life.stage != "ending":
-                self.book.lost(life.process, ProcessLost("p", "weights_lost", "w"), self.now)
-            life.stage = "ending"
+            if device in life.process.devices:
+                if life.stage == "starting":
+                    self.book.start_failed(life.process, ProcessLost("p", reason, "w"), self.now)
+                elif life.stage != "ending":
+                    self.book.lost(life.process, ProcessLost("p", reason, "w"), self.now)
+                life.stage = "ending"
 
     # The decision, and what must hold after it.
 
     def decide(self) -> None:
+        for device, _ in self.book.devices.taken_out():
+            self.kind["taken out"] += 1
+            self.end_all_on(device, "device_lost")
         before = [(ticket.order, ticket) for ticket in self.book.waiting]
-        idle = {r.key: r for r in self.ledger.reservations.values() if r.idle and r.hot}
-        releasing = {r.devices for r in self.ledger.reservations.values() if r.ending}
+        idle: dict[Key, list[Reservation]] = {}
+        for process in self.ledger.reservations.values():
+            if process.idle and process.hot:
+                idle.setdefault(process.key, []).append(process)
+        releasing = {device for r in self.ledger.reservations.values() if r.ending for device in r.devices}
         self.wake = None
         started: list[Ticket] = []
-        if self.helpers is not None and self.helpers.until <= self.now:
-            self.helpers = None
+        self.helpers = {device: pause for device, pause in self.helpers.items() if pause.until > self.now}
+        out = self.helpers | self.book.devices.out(self.now)
         for action in self.book.next_actions(self.now, self.helpers):
             if isinstance(action, Start):
                 life = self.lives[action.process.id]
@@ -198,10 +210,17 @@ class World:
                 started.append(action.job)  # type: ignore[arg-type]
             elif isinstance(action, Begin):
                 starts = self.book.starts.get(action.process.key)
-                if self.helpers is not None or (starts is not None and starts.remaining(self.now)):
+                if out.keys() & set(action.process.devices) or (starts is not None and starts.remaining(self.now)):
                     raise Broken(f"{action.process.key} is started in a pause")
                 if self.book.closing and action.warm:
                     raise Broken("something is started ahead after the close")
+                if len(set(action.process.devices)) != self.gpus.get(action.process.key, 1):
+                    raise Broken(f"{action.process.key} is started on {action.process.devices}")
+                for other in self.ledger.reservations.values():
+                    if other.key == action.process.key and other is not action.process and not other.ending:
+                        self.kind["copies"] += 1
+                        if set(other.devices) & set(action.process.devices):
+                            raise Broken(f"{other.key} is started where it is")
                 self.lives[action.process.id] = Life(action.process)
             elif isinstance(action, Evict):
                 life = self.lives[action.process.id]
@@ -211,16 +230,16 @@ class World:
                 patience = self.book.limits.patience
                 late = any(self.now >= t.since + patience for _, t in before)
                 if (
-                    not late
-                    and action.why.startswith("a place")
+                    (not late or "copy" in action.why)
+                    and action.why.startswith("a ")
                     and any(action.process.key == t.key for _, t in before)
                 ):
                     raise Broken(f"{action.process.key} was evicted while it is awaited and everybody is patient")
                 life.stage = "ending"
-            elif isinstance(action, schedule.Wake):
+            elif isinstance(action, Wake):
                 self.wake = action.at
         self.check()
-        if self.max_processes == 1 and len(self.devices) == 1 and started and self.helpers is None:
+        if self.max_processes == 1 and len(self.devices) == 1 and started and not self.helpers:
             served = {r.key for r in self.ledger.reservations.values()}
             for order, older in before:
                 late = self.now >= older.since + self.book.limits.patience and older.key not in self.book.starts
@@ -231,11 +250,17 @@ class World:
             if job.attempts > LOSSES:
                 raise Broken(f"job {job.number} is tried for ever")
             for order, older in before:
-                if order < job.order and older.key == job.key and older.process is None and not older.answered:
+                waits = older.process is None and not older.answered
+                alone = older.alone and len(self.devices) > 1  # it may have to wait where another does not
+                if order < job.order and older.key == job.key and waits and not alone:
                     raise Broken(f"job {job.number} was served before {older.number}")
             if job.process is not None and job.process.phase is Phase.GENERATING:
-                for order, process in passed:
-                    if order < job.order and process.idle and process.devices == job.process.devices not in releasing:
+                taken = set(job.process.devices)
+                for order, ready in passed:
+                    # A gang that waits for one of its devices leaves a second lease of another alone.
+                    ready = [r for r in ready if self.concurrency == 1 or len(r.devices) == 1]
+                    blocked = [r for r in ready if r.idle and taken & set(r.devices) - releasing]
+                    if order < job.order and ready and blocked == ready:
                         raise Broken(f"job {job.number} started before one whose process was ready")
 
     def check(self) -> None:
@@ -267,7 +292,8 @@ class World:
                 raise Broken(f"an unknown phase does not run alone on {device}")
             if not unknown and budget is not None and used > budget and rows > 1:
                 raise Broken(f"{used} of {budget} bytes used on {device}")
-        made = sum(t.process is not None and t.process.phase is Phase.GENERATING for t in self.book.running.values())
+        making = [t.process for t in self.book.running.values() if t.process is not None]
+        made = sum(len(process.devices) for process in making if process.phase is Phase.GENERATING)
         if held_leases != made and not any(process.ending for process in reservations):
             raise Broken("a lease is held by no job")
 
@@ -276,7 +302,7 @@ class World:
     def run(self) -> None:
         pick = self.random.random
         closes = pick() < 0.2
-        for _ in range(4 + int(pick() * 14)):
+        for _ in range(4 + int(pick() * (12 + 2 * len(self.devices)))):
             roll = pick()
             if roll < 0.36 or not self.lives:
                 self.arrive()
@@ -288,9 +314,11 @@ class World:
             elif roll < 0.98:
                 self.now += pick() * 4
             elif self.lends and roll < 0.99:
-                self.lose_weights()
+                self.end_all_on(self.random.choice(self.devices), "weights_lost")
             else:
-                self.helpers = Pause(self.now + pick() * 4, "no helpers" if pick() < 0.3 else "")
+                pause = Pause(self.now + pick() * 4, "no helpers" if pick() < 0.3 else "")
+                everywhere = pick() < 0.5
+                self.helpers = {d: pause for d in self.devices if everywhere or pick() < 0.5}
             self.decide()
         if closes:
             self.book.close()

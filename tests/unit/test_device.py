@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -248,3 +249,87 @@ def test_a_large_process_of_somebody_else_is_a_warning(monkeypatch):
     (line,) = lock.neighbours(gpu)
     assert line.startswith("pid 11 of the host holds 2.0 GiB of NVIDIA H100 (GPU-aa11)")
     assert lock.neighbours(device.CPU) == []
+
+
+def named(asked: str, **environment: str) -> list[str]:
+    return [found.id for found in device.select(asked, environment)]
+
+
+TWIN = Gpu("GPU-aa12")
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        ("all", ["GPU-aa11", "GPU-aa12"]),
+        ("0", ["GPU-aa11"]),
+        ("1, 0", ["GPU-aa12", "GPU-aa11"]),
+        ("GPU-aa12", ["GPU-aa12"]),
+        ("cpu", ["cpu"]),
+        ("cpu:0,cpu:1,cpu:7", ["cpu:0", "cpu:1", "cpu:7"]),
+    ],
+)
+def test_devices_are_selected_by_index_and_by_name(monkeypatch, asked, chosen):
+    install(monkeypatch, H100, TWIN)
+    assert named(asked) == chosen
+
+
+def test_indices_count_what_is_visible(monkeypatch):
+    install(monkeypatch, H100, TWIN)
+    assert named("0", CUDA_VISIBLE_DEVICES="1") == ["GPU-aa12"]
+
+
+def test_instances_of_a_gpu_are_selected_one_by_one(monkeypatch):
+    install(monkeypatch, SPLIT)
+    assert named("MIG-cc32,MIG-cc31") == ["MIG-cc32", "MIG-cc31"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("2", "there is no GPU 2. Visible here: 0: GPU-aa11, 1: GPU-aa12"),
+        ("GPU-aa1", "'GPU-aa1' names 2 devices"),
+        ("GPU-xx", "'GPU-xx' names nothing"),
+        ("GPU-", "'GPU-' names nothing"),
+        ("", "'' names nothing"),
+        ("0,,1", "'' names nothing"),
+        ("0,GPU-aa11", "GPU-aa11 is there twice"),
+        ("cpu:0,cpu:0", "cpu:0 is there twice"),
+        ("cpu:0,1", "'1' does not go with stand-ins"),
+        ("cpu:x", "'cpu:x' does not go with stand-ins"),
+        ("all,0", "'all' names nothing"),
+        ("-1", "'-1' names nothing"),
+    ],
+)
+def test_devices_that_cannot_be_selected_are_told_with_those_that_can(monkeypatch, asked, why):
+    install(monkeypatch, H100, TWIN)
+    with pytest.raises(DeviceError, match=re.escape(f"--devices (LTX2_DEVICES) {asked}: ")) as error:
+        named(asked)
+    assert why in str(error.value)
+
+
+def test_no_gpu_is_selected_where_there_is_none(monkeypatch):
+    install(monkeypatch)
+    assert named("all") == ["cpu"]
+    with pytest.raises(DeviceError, match=r"there is no GPU 0\. Visible here: no GPU"):
+        named("0")
+
+
+def test_gpus_of_different_kinds_are_not_served_together(monkeypatch):
+    install(monkeypatch, H100, L4)
+    assert named("1") == ["GPU-bb22"]
+    assert named("all") == ["GPU-aa11"]
+    with pytest.raises(DeviceError, match="GPU-aa11 is NVIDIA H100, GPU-bb22 is NVIDIA L4; start one worker for each"):
+        named("0,1")
+
+
+def test_stand_ins_share_main_memory(monkeypatch):
+    install(monkeypatch)
+    monkeypatch.setattr(device, "main_memory", lambda: 8 << 30)
+    assert [one.free() for one in device.select("cpu:0,cpu:1,cpu:2,cpu:3", {})] == [2 << 30] * 4
+
+
+@pytest.mark.parametrize(("ids", "gpus"), [("cpu:1", ""), ("GPU-aa11", "GPU-aa11"), ("MIG-cc31,MIG-cc32",) * 2])
+def test_a_process_is_shown_its_own_devices_only(ids, gpus):
+    assert device.shown(ids.split(",")) == {"CUDA_VISIBLE_DEVICES": gpus, "LTX2_DEVICES": ids}
+    assert device.shown(["cpu"]) == {}

@@ -163,6 +163,13 @@ def test_the_attention_kernels_are_read_in_the_code_that_was_baked(cache):
     assert manifest.attention_kernels(cache) == [f"_scaled_dot_product_{name}_attention" for name in ("cudnn", "flash")]
 
 
+def test_a_cache_from_before_there_were_gangs_is_that_of_one_gpu(cache, recipe):
+    document = json.loads(cache.manifest.read_text())
+    del document["binding"]["gpus"]
+    cache.manifest.write_text(json.dumps(document))
+    assert found(cache, recipe) == []
+
+
 def test_how_videos_are_encoded_is_no_part_of_it(cache, recipe):
     assert found(cache, recipe.model_copy(update={"video": VideoSettings(quality=30)})) == []
 
@@ -173,6 +180,7 @@ def test_how_videos_are_encoded_is_no_part_of_it(cache, recipe):
         (Offer(SHAPE, image=False), ["image"]),
         (Offer(SHAPE, refine=3), ["refine"]),
         (Offer(SHAPE, optimize=True), ["quantization"]),
+        (Offer(SHAPE, gpus=2), ["gpus"]),
         (Offer(SHAPE, "hq"), ["shape"]),
         (Offer(SHAPE, "hq", refine=2, image=False), ["shape", "image", "refine"]),
     ],
@@ -214,6 +222,7 @@ def test_the_digest_of_a_recipe_is_16_hex_digits_that_do_not_change_by_themselve
 
 def test_whatever_changes_the_bytes_of_a_video_changes_the_digest(recipe, monkeypatch):
     offers = [Offer(SHAPE), Offer(SHAPE, image=False), Offer(SHAPE, refine=2), Offer(SHAPE, optimize=True)]
+    offers.append(Offer(SHAPE, gpus=2))
     digests = [manifest.recipe_digest(recipe, offer, HOPPER) for offer in offers]
     for change in (
         {"kind": "base"},

@@ -99,6 +99,13 @@ def test_another_menu_than_the_image_was_baked_for_is_refused(tmp_path):
         ("model: m\nshapes:\n  - {shape: [64x64@9]}\n", 3, "a shape is written WIDTHxHEIGHT@FRAMES"),
         ("model: m\nshapes:\n  - {shape: 64x64@9, steps: 3}\n", 3, "unknown key 'steps'"),
         ("model: m\nshapes:\n  - 64x64@9\n  - {shape: 64x64@9, image: false}\n", 4, "already, in line 3"),
+        ("model: m\nshapes:\n  - {shape: 64x64@9, gpus: 0}\n", 3, "gpus must be a whole number from 1 to 8"),
+        ("model: m\nshapes:\n  - {shape: 64x64@9, gpus: 9}\n", 3, "gpus must be a whole number from 1 to 8"),
+        ("model: m\nshapes:\n  - 64x64@9\n  - {shape: 96x96@17, gpus: 2}\n", 4, "27 tokens cannot .*; possible: 3$"),
+        ("model: m\nshapes:\n  - {shape: 32x32@9, gpus: 4}\n", 3, "by 4 GPUs: its 2 tokens cannot .*; possible: 2$"),
+        ("model: m\nshapes:\n  - {shape: 64x64@17, refine: {steps: 2}, gpus: 2}\n", 3, "3 tokens of the first stage"),
+        ("model: m\ngpus: true\nshapes: [64x64@9]\n", 2, "gpus must be a whole number from 1 to 8"),
+        ("model: m\nshapes: [64x64@9]\nvariants:\n  hq: {gpus: 2.0}\n", 4, "gpus must be a whole number"),
         ("model: m\nrefine: {steps: 4}\nshapes: [64x64@9]\n", 2, r"refine is written \{steps: 2\} or"),
         ("model: m\nrefine: {steps: 2.0}\nshapes: [64x64@9]\n", 2, r"refine is written \{steps: 2\} or"),
         ("model: m\nrefine: {steps: true}\nshapes: [64x64@9]\n", 2, r"refine is written \{steps: 2\} or"),
@@ -192,6 +199,8 @@ def test_no_text_whatever_raises_anything_but_a_menu_error(tmp_path_factory, tex
         ("{shape: 64x64@9f, refine: {steps: 3}, image: true}", Offer(SMALL, refine=3)),
         ("{shape: 64x64@9, refine: false}", Offer(SMALL)),
         ("{shape: 64x64@9, refine: null}", Offer(SMALL)),
+        ("{shape: 64x64@9, gpus: 4}", Offer(SMALL, gpus=4)),
+        ("{shape: 64x64@9, gpus: 1}", Offer(SMALL)),
     ],
 )
 def test_an_entry_may_have_options(tmp_path, written, offer):
@@ -290,6 +299,7 @@ def test_pictures_are_looked_at_in_the_size_of_each_stage():
         "shapes: [{shape: 64x64@9, image: true, refine: false}]",
         "image: true\nrefine: false\nshapes: [64x64@9]",
         "image: false\nshapes: [{shape: 64x64@9, image: true}]",
+        "gpus: 2\nshapes: [{shape: 64x64@9, gpus: 1}]",
     ],
 )
 def test_a_menu_that_says_only_what_goes_without_saying_has_the_hash_of_a_plain_one(tmp_path, text):
@@ -302,6 +312,8 @@ def test_no_two_menus_of_different_offers_have_one_hash(tmp_path):
         "shapes: [{shape: 64x64@9, image: false}]",
         "shapes: [{shape: 64x64@9, refine: {steps: 2}}]",
         "shapes: [{shape: 64x64@9, refine: {steps: 3}}]",
+        "shapes: [{shape: 64x64@9, gpus: 2}]",
+        "shapes: [{shape: 64x64@9, gpus: 4}]",
         *(
             f"shapes: [64x64@9]\nvariants: {{{variant}}}"
             for variant in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ltx2_pool.words.menu import Offer
@@ -52,7 +54,8 @@ def test_a_device_without_fp8_is_refused(quantization):
 @pytest.mark.parametrize("common", [{}, {"image": True, "refine": 3}])
 def test_an_offer_decides_on_pictures_and_stages(offer, image, refine, common):
     made = Recipe(model_path="m", **common).of(offer)
-    assert (made.image, made.refine) == (image, refine)
+    assert (made.image, made.refine, made.gpus) == (image, refine, 1)
+    assert Recipe(model_path="m", **common).of(replace(offer, gpus=4)).gpus == 4
 
 
 @pytest.mark.parametrize("common", [None, "auto", "FP8", "NVFP4"])

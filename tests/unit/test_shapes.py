@@ -23,6 +23,10 @@ def test_a_shape_key_reads_back(width, height, blocks):
         assert Shape.parse(shape.key) == shape
 
 
+def test_tokens_are_the_cells_of_the_latent():
+    assert Shape(1920, 1088, 121).tokens == 60 * 34 * 16
+
+
 def test_cache_directories_follow_the_contract(tmp_path):
     dirs = CacheDirs.of(tmp_path, Key(Shape(768, 512, 121)))
     assert dirs.environment() == {

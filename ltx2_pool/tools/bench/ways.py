@@ -15,8 +15,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
+from ltx2_pool.processes.host import Process
 from ltx2_pool.processes.process import Timeouts
-from ltx2_pool.processes.shape import ShapeProcess
 from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.tools.bench import rivals
 from ltx2_pool.words.outcomes import ProcessLost
@@ -176,7 +176,7 @@ async def _in_process(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
 
 @contextlib.asynccontextmanager
 async def _pool(recipe: Recipe, root: Path) -> AsyncIterator[Make]:
-    processes: dict[Shape, ShapeProcess] = {}
+    processes: dict[Shape, Process] = {}
     with tempfile.TemporaryDirectory(prefix="ltx2-rivals-") as scratch:
         host = ProcessHost(recipe, root, Path(scratch), Timeouts(spawn=900, weights=900, silence=300))
 
