@@ -45,10 +45,13 @@ TIMEOUTS = Timeouts(spawn=240, weights=240, generation=120, cancel=10, term=10)
 class Run:
     """The parts of one run, in order; each adds to `report`."""
 
-    def __init__(self, model: Path, menu: Menu, work: Path, out: Path, jobs: int, with_forks: bool) -> None:
+    def __init__(
+        self, model: Path, menu: Menu, work: Path, out: Path, jobs: int, with_forks: bool, caches: Path | None = None
+    ) -> None:
         self.recipe = Recipe(model_path=str(model))
+        self.device = device.visible()[0]
         self.menu = menu
-        self.caches = work / "cache"
+        self.caches = caches or work / "cache"
         self.scratch = work / "scratch"
         self.videos = work / "videos"
         self.videos.mkdir(parents=True)
@@ -64,7 +67,8 @@ class Run:
         (self.out / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
     def host(self) -> ProcessHost:
-        return ProcessHost(self.recipe, self.caches, self.scratch, TIMEOUTS, offers=self.menu.offers)
+        devices = (self.device.id,)
+        return ProcessHost(self.recipe, self.caches, self.scratch, TIMEOUTS, offers=self.menu.offers, devices=devices)
 
     async def compile_all(self) -> dict[Shape, Ready]:
         """A warm-up in a fresh process for each shape, some at a time: fills the caches and measures the memory."""
@@ -88,7 +92,7 @@ class Run:
         try:
             began = time.monotonic()
             await host.prepare()
-            lending = host.lending("cpu")
+            lending = host.lending(self.device.id)
             assert lending is not None
             self.report["weights"] = {**lending.model_dump(), "with_zygote_s": time.monotonic() - began}
             self.note("zygote and weights process are ready")
@@ -122,7 +126,7 @@ class Run:
 
     async def serve(self, readies: dict[Shape, Ready]) -> None:
         """The pool as a worker has it: every shape started ahead, K by memory."""
-        here, host = device.visible()[0], self.host()
+        here, host = self.device, self.host()
         keys = [Key(shape) for shape in self.menu.shapes]
         ledger = Ledger({here.id: None})
         for shape, ready in readies.items():
@@ -147,12 +151,12 @@ class Run:
             self.report["hot"] = [p["shape"] for p in pool.status()["processes"] if p["state"] == "ready"]
             self.note(f"{len(self.report['hot'])} of {len(self.menu.shapes)} shapes are hot at once")
             assert host.weights
-            before = await host.weights["cpu"].checksum()
+            before = await host.weights[self.device.id].checksum()
             for shape in self.menu.shapes:
                 if shape.key in self.report["hot"]:
                     await self.videos_of(pool, shape)
             self.report["device_free"] = here.free()
-            self.report["weights_unchanged"] = await host.weights["cpu"].checksum() == before
+            self.report["weights_unchanged"] = await host.weights[self.device.id].checksum() == before
             self.report["status"] = pool.status()
             self.note(f"weights unchanged: {self.report['weights_unchanged']}; free: {here.free() >> 20} MiB")
             await self.beside_a_spawn(pool)
@@ -230,7 +234,7 @@ class Run:
         }
         self.report["weights_killed"] = found
         assert host.weights
-        await host.weights["cpu"].checksum()
+        await host.weights[self.device.id].checksum()
         found["weights_again_s"] = time.monotonic() - killed
         since = time.monotonic()
         os.kill(before, signal.SIGKILL)
@@ -273,6 +277,7 @@ def main() -> int:
         "--shapes", type=Path, default=REPOSITORY / "shapes.yaml", metavar="FILE", help="menu [shapes.yaml]"
     )
     parser.add_argument("--jobs", type=int, default=4, help="shapes that compile at once [%(default)s]")
+    parser.add_argument("--cache-root", type=Path, metavar="DIR", help="use the compile caches that are there")
     parser.add_argument("--forks", action="store_true", help="measure three starts without a warm-up as well")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -282,9 +287,17 @@ def main() -> int:
             model = Path(scratch) / "checkpoint"
             size = ["--size", "large", "--layers", str(arguments.layers), "--gemma-layers", str(arguments.gemma_layers)]
             subprocess.run([sys.executable, "-m", "ltx2_pool.tools.tiny", str(model), *size], check=True)
-        run = Run(model, Menu.load(arguments.shapes), Path(scratch), arguments.out, arguments.jobs, arguments.forks)
+        run = Run(
+            model,
+            Menu.load(arguments.shapes),
+            Path(scratch),
+            arguments.out,
+            arguments.jobs,
+            arguments.forks,
+            arguments.cache_root,
+        )
         run.report["layers"] = arguments.layers
-        run.report["device"] = device.visible()[0].name
+        run.report["device"] = run.device.name
         run.note("the checkpoint is there")
 
         async def everything() -> None:
