@@ -30,6 +30,8 @@ class Devices:
         self._places: dict[Key, set[tuple[str, ...]]] = {}
         """Where a key has faulted since its last video."""
         self._taken_out: list[str] = []
+        self.suspects: set[str] = set()
+        """Devices on which something faulted; whoever looks at them takes them off."""
 
     def shun(self, key: Key, devices: tuple[str, ...]) -> None:
         """What the key's start needed did not start there: elsewhere it may."""
@@ -38,6 +40,7 @@ class Devices:
     def faulted(self, key: Key, devices: tuple[str, ...], now: float, what: str) -> None:
         """A process of the key faulted on these devices, or did not start there."""
         self.shun(key, devices)
+        self.suspects.update(devices)
         if any(set(devices).isdisjoint(other) for other in self._places[key]):
             for name, keys in self._faults.items():
                 self._faults[name] = [each for each in keys if each != key]

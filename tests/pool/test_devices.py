@@ -11,6 +11,7 @@ import pytest
 
 from ltx2_pool.serving.breaker import Pauses
 from ltx2_pool.serving.metrics import Metrics
+from ltx2_pool.words.device import Device, DeviceError
 from ltx2_pool.words.outcomes import ProcessLost, Video
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.shapes import Shape
@@ -183,3 +184,24 @@ async def test_memory_is_counted_for_each_device(make_pool):
         await asyncio.gather(*(make(pool, shape) for shape in (A, B, C)))
         assert sorted(len(on(pool, device)) for device in BOTH) == [1, 2]
         assert all(device["held"] <= 40 * GIB for device in pool.status()["devices"].values())
+
+
+async def test_a_device_that_its_driver_has_lost_is_taken_out_at_once(make_pool, monkeypatch, tmp_path):
+    lost, real = set(), Device.free
+
+    def free(device):
+        if device.id in lost:
+            raise DeviceError("GPU is lost")
+        return real(device)
+
+    monkeypatch.setattr(Device, "free", free)
+    devices = [Device(name, "cpu", "x86_64") for name in BOTH]
+    async with make_pool(devices=devices, weights="shared", budget=None) as pool:
+        await make(pool)
+        (device,) = (name for name in BOTH if on(pool, name))
+        lost.add(device)
+        video = await make(pool, A, f"fatal once {tmp_path / 'faulted'}")
+        await until(lambda: pool.status()["devices"][device]["out_s"])
+        assert isinstance(video, Video)
+        assert (await make(pool)).path.exists()
+        assert on(pool, device) == []

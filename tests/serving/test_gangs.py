@@ -103,7 +103,7 @@ class Saturated:
 
 def test_a_gang_waits_for_what_works_and_for_its_own_start_and_no_longer():
     """Its own start and its first job take two of the rounds."""
-    waits = [Saturated(number).waits() for number in range(2_000)]
+    waits = [Saturated(number).waits() for number in range(1_000)]
     assert max(waits) <= ROUNDS, waits.index(max(waits))
 
 

@@ -52,7 +52,7 @@ def real(recipe: Recipe, menu: Menu, cache_root: Path, run_dir: Path, on: Sequen
 
 
 def imaginary(menu: Menu, run_dir: Path, on: Sequence[Device]) -> Pool:
-    """Interpreters that borrow imaginary weights; two processes on a device at most, so that shapes are evicted all the time.
+    """Interpreters that borrow imaginary weights; at most two on a device, so that shapes are evicted all the time.
 
     Confined as the real ones are: they can write to directories that are in `run_dir` now, and not to `run_dir` itself.
     """
