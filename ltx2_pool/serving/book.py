@@ -182,7 +182,9 @@ class Book:
         guilty = lost.reason in SHAPES_OWN_FAULT and (lost.reason != "oom" or alone)
         if guilty:
             starts.failed(now, lost.what)
-        elif lost.reason != "helper":  # those have a pause of their own
+        elif lost.reason == "helper":  # those have a pause of their own
+            self.devices.shun(process.key, process.devices)
+        else:
             starts.disturbed(now, lost.what)
         return guilty
 
@@ -294,15 +296,7 @@ class Book:
             ahead = tuple(dict.fromkeys((*ahead, *self.starts, *self.keys)))
         todo: list[Start | Begin | Evict | Refuse | Wake] = []
         state = State(
-            now=now,
-            jobs=self.waiting[:],
-            ledger=self.ledger,
-            pauses=paused,
-            out=out,
-            avoid=self.devices.avoided,
-            gpus=self.gpus,
-            ahead=ahead,
-            patience=self.limits.patience,
+            now, self.waiting[:], self.ledger, paused, out, self.devices.avoided, self.gpus, ahead, self.limits.patience
         )
         for action in self.decide(state):
             match action:
