@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ltx2_pool.serving import schedule
-from ltx2_pool.serving.actions import Start
+from ltx2_pool.serving.actions import Start, Wake
 from ltx2_pool.serving.book import Begin, Book
 from ltx2_pool.serving.breaker import THRESHOLD, Pauses
 from ltx2_pool.serving.devices import Devices
@@ -175,6 +175,14 @@ def test_the_last_device_in_service_stays(devices):
     for key in (A, B, C, D):
         alone.faulted(key, ("d0",), 0.0, "")
     assert not alone.out(0.0)
+
+
+def test_a_device_that_is_out_is_thought_of_again_when_its_pause_is_over():
+    book = Book(Ledger({"d0": 100, "d1": 100}), Limits(), [A])
+    book.devices.take_out("d0", 5.0, "lost")
+    (wake,) = book.next_actions(6.0)
+    assert isinstance(wake, Wake)
+    assert wake.at == book.devices.out(6.0)["d0"].until
 
 
 def lost_in(book: Book, device: str, now: float) -> str | None:
