@@ -178,7 +178,7 @@ class Book:
         process.ending = True
         starts = self.starts.setdefault(process.key, Starts(self.pauses))
         if lost.reason in SHAPES_OWN_FAULT and lost.reason != "oom":
-            self.devices.faulted(process.key, process.devices, now, lost.what)
+            self.devices.faulted(process.key, lost.devices or process.devices, now, lost.what)
         guilty = lost.reason in SHAPES_OWN_FAULT and (lost.reason != "oom" or alone)
         if guilty:
             starts.failed(now, lost.what)
@@ -230,7 +230,7 @@ class Book:
         if lost.reason == "oom":
             self.ledger.ran_out(process)
         if lost.reason == "cuda_fault":
-            self.devices.faulted(process.key, process.devices, now, lost.what)
+            self.devices.faulted(process.key, lost.devices or process.devices, now, lost.what)
         process.ending = True
         if ticket is None:
             self.starts.setdefault(process.key, Starts(self.pauses)).disturbed(now, lost.what)

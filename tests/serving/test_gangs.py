@@ -206,3 +206,13 @@ def test_with_one_device_the_second_fault_is_the_jobs():
     book = Book(Ledger({"d0": 100}), Limits(), [A])
     book.admit(Job("j", A.shape, "p", 1, 2, 1.0, 24), A, "", lambda _: None, 0.0)
     assert [lost_in(book, "d0", 20.0 * n) for n in range(2)] == ["retry", "poisoned"]
+
+
+def test_of_a_gang_only_the_device_that_faulted_is_blamed():
+    book = Book(Ledger({"d0": 100, "d1": 100}), Limits(), [GANG], gpus={GANG: 2})
+    for number in range(THRESHOLD):
+        process = book.ledger.reserve(number, GANG, ("d0", "d1"))
+        book.ready(process, MEMORY, 1.0)
+        book.lost(process, ProcessLost("p", "cuda_fault", "it faulted", devices=("d1",)), 0.0)
+        book.gone(process)
+    assert book.devices.out(0.0).keys() == {"d1"}
