@@ -212,7 +212,7 @@ def test_of_a_gang_only_the_device_that_faulted_is_blamed():
     book = Book(Ledger({"d0": 100, "d1": 100}), Limits(), [GANG], gpus={GANG: 2})
     for number in range(THRESHOLD):
         process = book.ledger.reserve(number, GANG, ("d0", "d1"))
-        book.ready(process, MEMORY, 1.0)
+        book.ready(process, Memory(resident=1, peak=5, generated=False), 1.0)
         book.lost(process, ProcessLost("p", "cuda_fault", "it faulted", devices=("d1",)), 0.0)
         book.gone(process)
     assert book.devices.out(0.0).keys() == {"d1"}
