@@ -126,7 +126,7 @@ class Gang(Process):
             for making in makings:
                 making.cancel()  # which ends a rank that is still at it
             answers = await asyncio.gather(*makings, return_exceptions=True)
-        return await self._conclude(answers)
+        return await self._conclude(*answers)
 
     async def _finished(self, makings: Sequence[asyncio.Task[Done]]) -> None:
         """Wait for all answers, but not for one that cannot come: the ranks are in step, or they wait for ever."""
@@ -140,7 +140,7 @@ class Gang(Process):
                 self._doom("desync", f"{_out_of_step(answers)}, {timeout:g} s after the first answer")
                 return
 
-    async def _conclude(self, answers: Sequence[Done | BaseException]) -> Done:
+    async def _conclude(self, *answers: Done | BaseException) -> Done:
         """What rank 0 answered, if the ranks are in step."""
         if self._cause is not None:
             raise await self.loss()
@@ -151,10 +151,11 @@ class Gang(Process):
             self._fall()
             raise await self.loss()
         first, *others = answers
-        same = len({_standing(answer) for answer in others}) == 1
-        # Rank 0 alone may fail in what it does alone: before the others begin, and when they have done their part.
-        alone = isinstance(first, JobFailed) and _standing(others[0])[0] in ("cancelled", "done")
-        if not same or not (alone or _standing(first) == _standing(others[0])):
+        # Rank 0 may fail in what it does alone: before the others begin, and when they have done their part. Any other
+        # error, of all ranks as well, may be one of the exchange between them, which is then good for nothing.
+        together = {_standing(answer)[0] for answer in others}
+        alone = isinstance(first, JobFailed) and together in ({"cancelled"}, {"done"})
+        if not alone and {_standing(first)[0], *together} not in ({"done"}, {"refused"}):
             self._doom("desync", _out_of_step(answers))
             raise await self.loss()
         memories = [rank.memory for rank in self.ranks if rank.memory is not None]
@@ -211,6 +212,7 @@ class Gang(Process):
             what,
             lost.tail,
             began=any(each.began for each in losses.values()),
+            devices=() if self._cause else rank.devices,
             memory=_most(memories) if memories else None,
         )
 

@@ -261,10 +261,11 @@ def _chaos(arguments: argparse.Namespace, console: Console) -> int:
     prompt: chaos.Prompt = worlds.same_prompt
     with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as directory, Progress(console=console) as progress:
         run_dir = Path(directory)
+        devices = worlds.devices(arguments.devices, real=arguments.real)
         if arguments.real:
-            pool = worlds.real(_recipe(arguments, console), menu, _cache_root(arguments), run_dir)
+            pool = worlds.real(_recipe(arguments, console), menu, _cache_root(arguments), run_dir, devices)
         else:
-            pool = worlds.imaginary(menu, run_dir)
+            pool = worlds.imaginary(menu, run_dir, devices)
             kinds = (*kinds, *faults.OF_HELPERS)
             (met := run_dir / "met").mkdir()
             check, prompt = worlds.is_imaginary, chaos.imaginary_prompts(arguments.seed, met)

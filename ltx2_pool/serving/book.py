@@ -178,11 +178,13 @@ class Book:
         process.ending = True
         starts = self.starts.setdefault(process.key, Starts(self.pauses))
         if lost.reason in SHAPES_OWN_FAULT and lost.reason != "oom":
-            self.devices.faulted(process.key, process.devices, now, lost.what)
+            self.devices.faulted(process.key, lost.devices or process.devices, now, lost.what)
         guilty = lost.reason in SHAPES_OWN_FAULT and (lost.reason != "oom" or alone)
         if guilty:
             starts.failed(now, lost.what)
-        elif lost.reason != "helper":  # those have a pause of their own
+        elif lost.reason == "helper":  # those have a pause of their own
+            self.devices.shun(process.key, process.devices)
+        else:
             starts.disturbed(now, lost.what)
         return guilty
 
@@ -228,7 +230,7 @@ class Book:
         if lost.reason == "oom":
             self.ledger.ran_out(process)
         if lost.reason == "cuda_fault":
-            self.devices.faulted(process.key, process.devices, now, lost.what)
+            self.devices.faulted(process.key, lost.devices or process.devices, now, lost.what)
         process.ending = True
         if ticket is None:
             self.starts.setdefault(process.key, Starts(self.pauses)).disturbed(now, lost.what)
@@ -294,15 +296,7 @@ class Book:
             ahead = tuple(dict.fromkeys((*ahead, *self.starts, *self.keys)))
         todo: list[Start | Begin | Evict | Refuse | Wake] = []
         state = State(
-            now=now,
-            jobs=self.waiting[:],
-            ledger=self.ledger,
-            pauses=paused,
-            out=out,
-            avoid=self.devices.avoided,
-            gpus=self.gpus,
-            ahead=ahead,
-            patience=self.limits.patience,
+            now, self.waiting[:], self.ledger, paused, out, self.devices.avoided, self.gpus, ahead, self.limits.patience
         )
         for action in self.decide(state):
             match action:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from ltx2_pool.processes.host import Host
-from ltx2_pool.serving.ledger import Ledger
-from ltx2_pool.words.device import Device
+from ltx2_pool.serving.book import Book
+from ltx2_pool.words.device import Device, DeviceError
 
 logger = logging.getLogger(__name__)
 
@@ -15,9 +17,10 @@ logger = logging.getLogger(__name__)
 class Budgets:
     """Keeps the ledger's budgets of these devices, less `reserve` bytes of each."""
 
-    def __init__(self, host: Host, ledger: Ledger, devices: Sequence[Device], reserve: int) -> None:
+    def __init__(self, host: Host, book: Book, devices: Sequence[Device], reserve: int) -> None:
         self._host = host
-        self._ledger = ledger
+        self._book = book
+        self._ledger = book.ledger
         self._devices = tuple(devices)
         self._reserve = reserve
 
@@ -29,8 +32,20 @@ class Budgets:
             if self._ledger.budget(device.id) is None:
                 try:
                     self._ledger.set_budget(device.id, device.free(), int(self._reserve * device.share))
+                except DeviceError as error:
+                    logger.error("%s (%s) does not say what is free on it: %s", device.name, device.id, error)
+                    self._book.devices.take_out(device.id, time.monotonic(), str(error))
                 except Exception as error:  # the driver may fail in any way: one process at a time until it answers
                     logger.error("the free memory of %s (%s) is not known: %s", device.name, device.id, error)
+
+    async def examine(self, name: str) -> None:
+        """Something faulted on a device: take it out if its driver has lost it."""
+        for device in self._devices:
+            if device.id == name:
+                try:
+                    await asyncio.to_thread(device.free)
+                except DeviceError as error:
+                    self._book.devices.take_out(name, time.monotonic(), str(error))
 
     def forget(self, name: str) -> None:
         """The weights of a device are gone: what they will leave next time is not known."""

@@ -27,15 +27,21 @@ class Devices:
         self._outages: dict[str, int] = dict.fromkeys(names, 0)
         """In a row."""
         self._out: dict[str, Pause] = {}
-        self._places: dict[Key, list[Collection[str]]] = {}
+        self._places: dict[Key, set[tuple[str, ...]]] = {}
         """Where a key has faulted since its last video."""
         self._taken_out: list[str] = []
+        self.suspects: set[str] = set()
+        """Devices on which something faulted; whoever looks at them takes them off."""
 
-    def faulted(self, key: Key, devices: Sequence[str], now: float, what: str) -> None:
+    def shun(self, key: Key, devices: tuple[str, ...]) -> None:
+        """What the key's start needed did not start there: elsewhere it may."""
+        self._places.setdefault(key, set()).add(devices)
+
+    def faulted(self, key: Key, devices: tuple[str, ...], now: float, what: str) -> None:
         """A process of the key faulted on these devices, or did not start there."""
-        places = self._places.setdefault(key, [])
-        places.append(devices)
-        if any(set(devices).isdisjoint(other) for other in places):
+        self.shun(key, devices)
+        self.suspects.update(devices)
+        if any(set(devices).isdisjoint(other) for other in self._places[key]):
             for name, keys in self._faults.items():
                 self._faults[name] = [each for each in keys if each != key]
             return

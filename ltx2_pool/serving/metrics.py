@@ -1,5 +1,7 @@
-"""Every ``ltx2_pool_*`` series. Labels of shapes are those of the menu, of devices the worker's own: nothing a client
-sends can create one."""
+"""Every ``ltx2_pool_*`` series.
+
+The labels of a shape are those of the menu, those of a device the worker's own: nothing a client sends can create one.
+"""
 
 from __future__ import annotations
 

@@ -67,15 +67,13 @@ class Pool:
         self._host = host
         self._book = book
         self._run_dir = run_dir
-        self._budgets = Budgets(host, book.ledger, devices, memory_reserve)
+        self._budgets = Budgets(host, book, devices, memory_reserve)
         self._warm_up = warm_up
         self._ready_min = ready_min
         self._report = Report(host, book, metrics or Metrics([]))
         self._metrics = self._report.metrics
-        self._handles: dict[int, Process] = {}
-        """By the number of their reservation."""
-        self._events: dict[int, OnEvent] = {}
-        """By the number of their ticket."""
+        self._handles: dict[int, Process] = {}  # by the number of their reservation
+        self._events: dict[int, OnEvent] = {}  # by the number of their ticket
         self._lives: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -224,6 +222,8 @@ class Pool:
             logger.error(why)
             self._host.give_up(device)
             self._end_all_on(device, "device_lost")
+        while self._book.devices.suspects:
+            self._own(self._budgets.examine(self._book.devices.suspects.pop()))
         for entry, handle in self._entries():
             if not handle.alive and entry.idle:
                 self._on_idle_death(entry, handle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -156,7 +157,7 @@ class Report:
         entries = book.ledger.reservations
         said, out = book.ledger.describe(), self._out(now)
         for name, device in said["devices"].items():
-            device["out_s"] = round(out.get(name, 0.0), 1)
+            device["out_s"] = math.ceil(10 * out.get(name, 0.0)) / 10
         return {
             **said,
             "health": self.health,

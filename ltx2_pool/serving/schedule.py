@@ -66,6 +66,9 @@ class _Decision:
                 done.add(job.key)
         if not self._somebody_waits:
             self._start_ahead()
+        for device in self._ledger.devices:
+            if device not in self._open:  # it may be wanted then, and is no longer said to be out
+                self._wake_at(self._state.out[device].until)
         if self._wake is not None:
             self._actions.append(Wake(self._wake))
         return self._actions

@@ -84,8 +84,6 @@ def _devices(settings: Settings, environment: Mapping[str, str]) -> Iterator[Fin
         cure = "a GPU or its driver is broken: no process would find it either; or name another in LTX2_DEVICES"
         yield Finding("device", "bad", str(error), cure)
         return
-    if not settings.pool_mode:
-        devices = devices[:1]
     if not devices[0].is_gpu:
         asked = environment.get("CUDA_VISIBLE_DEVICES")
         found = f"none is visible with CUDA_VISIBLE_DEVICES={asked!r}" if driver and asked is not None else "none"

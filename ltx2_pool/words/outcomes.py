@@ -58,7 +58,8 @@ SHAPES_OWN_FAULT: frozenset[Reason] = frozenset(("spawn_timeout", "spawn_eof", "
 class ProcessLost(Exception):
     """A child process is gone, or was made to go. The message ends with the last lines of its output.
 
-    `began` says whether a job's first phase had begun in it, `memory` what it held when it last said so.
+    `began` says whether a job's first phase had begun in it, `memory` what it held when it last said so, `devices` on
+    which of its devices that was; empty: on all, for all that is known.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class ProcessLost(Exception):
         *,
         began: bool = False,
         memory: Memory | None = None,
+        devices: tuple[str, ...] = (),
     ) -> None:
         self.name, self.reason, self.what, self.tail = name, reason, what, tuple(tail)
-        self.began, self.memory = began, memory
+        self.began, self.memory, self.devices = began, memory, devices
         output = "\n".join(f"  | {line}" for line in tail) or "  | (it printed nothing)"
         super().__init__(f"{name}: {what}. Its last output:\n{output}")
 

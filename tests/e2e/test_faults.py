@@ -167,5 +167,5 @@ def test_two_workers_cannot_share_a_gpu(model, tmp_path):
         os.close(held)
     assert second.returncode == 2
     assert f"another worker (pid {os.getpid()}, user {os.geteuid()}) serves NVIDIA H100 ({gpu.id})" in second.stderr
-    assert "CUDA_VISIBLE_DEVICES" in second.stderr
+    assert "LTX2_DEVICES" in second.stderr
     assert not (tmp_path / "run").exists()

@@ -25,10 +25,10 @@ def main() -> None:
 
 def padded() -> float:
     worst = 0.0
-    sizes = itertools.product((3, 8, 12), (1, 2, 5), ((2, 3), (5, 7)), BOOLEANS, BOOLEANS, BOOLEANS, BOOLEANS)
+    sizes = itertools.product((3, 8, 12), (1, 2, 5), ((2, 3), (5, 7)), (0, 1, 2), BOOLEANS, BOOLEANS, BOOLEANS)
     for channels, frames, size, carried, last, activated, reflect in sizes:
         whole = torch.randn(1, channels, frames + 2, *size).to(memory_format=torch.channels_last_3d)
-        before = torch.randn(1, channels, 2, *size) if carried else None
+        before = torch.randn(1, channels, carried, *size) if carried else None
         window = whole[:, :, 1 : frames + 1]
         expected = decoder.padded(window, before, last, activated, reflect)
         found = kernels.padded(window, before, last, activated, reflect)

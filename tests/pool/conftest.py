@@ -22,6 +22,7 @@ from ltx2_pool.serving.breaker import Pauses
 from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.serving.tickets import Limits
+from ltx2_pool.words.device import Device
 from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.outcomes import Video
 from ltx2_pool.words.protocol import Memory
@@ -58,7 +59,8 @@ def maker(video: Video) -> int:
 
 @pytest.fixture
 def make_pool(tmp_path: Path) -> Callable[..., Any]:
-    """Makes pools; what their shapes need is known, unless `known` says otherwise."""
+    """Makes pools; what their shapes need is known, unless `known` says otherwise. Devices that are no strings are
+    measured."""
 
     @contextlib.asynccontextmanager
     async def make(
@@ -75,8 +77,11 @@ def make_pool(tmp_path: Path) -> Callable[..., Any]:
         keys: Sequence[Shape] = (A, B, C),
         prewarm: Sequence[Shape] = (),
         offers: Sequence[Offer] = (),
+        devices: Sequence[str | Device] = ("cpu",),
         **options: Any,
     ) -> AsyncIterator[Pool]:
+        names = [device if isinstance(device, str) else device.id for device in devices]
+        measured = tuple(device for device in devices if isinstance(device, Device))
         host = ProcessHost(
             Recipe(model_path="none"),
             tmp_path / "cache",
@@ -85,8 +90,9 @@ def make_pool(tmp_path: Path) -> Callable[..., Any]:
             weights=weights,
             spawner=spawner or ExecSpawner(IMAGINARY),
             offers=offers,
+            devices=names,
         )
-        ledger = Ledger({"cpu": budget}, concurrency=concurrency, max_processes=max_size)
+        ledger = Ledger(dict.fromkeys(names, budget), concurrency=concurrency, max_processes=max_size)
         for shape, memory in (dict.fromkeys(keys, MEMORY) if known is None else known).items():
             ledger.observe(Key(shape), memory)
         book = Book(
@@ -95,8 +101,9 @@ def make_pool(tmp_path: Path) -> Callable[..., Any]:
             [Key(shape) for shape in keys],
             [Key(shape) for shape in prewarm],
             pauses or Pauses(),
+            {offer.key: offer.gpus for offer in offers},
         )
-        pool = Pool(host, book, tmp_path / "run", **options)
+        pool = Pool(host, book, tmp_path / "run", devices=measured, **options)
         await pool.start()
         try:
             yield pool

@@ -178,8 +178,8 @@ async def test_a_client_that_leaves_as_its_video_comes_harms_nobody(make_pool, t
     """A13: the next client's process was killed for it, and the file stayed."""
     leaver, generate = {}, ShapeProcess.generate
 
-    async def then_leave(self, j, output, on_event):
-        done = await generate(self, j, output, on_event)
+    async def then_leave(self, j, *rest):
+        done = await generate(self, j, *rest)
         if j is leaver.get("job"):
             asyncio.get_running_loop().call_soon(leaver["task"].cancel)
         return done

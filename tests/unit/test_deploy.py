@@ -83,6 +83,28 @@ def test_the_plain_manifests_keep_to_kubernetes_schemas():
     validate("kubernetes-validate", "--strict", "kubernetes/worker.yaml")
 
 
+def patched(value: Any, patch: Any) -> Any:
+    """What `kubectl patch` makes of it: mappings are merged, lists too, by the names of their members."""
+    if isinstance(value, dict) and isinstance(patch, dict):
+        return {**value, **{key: patched(value.get(key), each) for key, each in patch.items()}}
+    if isinstance(value, list) and isinstance(patch, list):
+        by_name = {each["name"]: each for each in patch}
+        assert by_name.keys() <= {each["name"] for each in value}
+        return [patched(each, by_name.get(each["name"], each)) for each in value]
+    return patch
+
+
+def test_eight_gpus_are_a_patch_of_the_plain_worker(tmp_path):
+    plain = next(each for each in PLAIN if each["metadata"]["name"] == "ltx2-worker")
+    eight = patched(plain, yaml.safe_load((DEPLOY / "kubernetes/eight-gpus.yaml").read_text()))
+    (worker,) = eight["spec"]["template"]["spec"]["containers"]
+    assert {worker["resources"][kind]["nvidia.com/gpu"] for kind in ("requests", "limits")} == {"8"}
+    assert worker["env"] == plain["spec"]["template"]["spec"]["containers"][0]["env"]
+    file = tmp_path / "eight.yaml"
+    file.write_text(yaml.safe_dump(eight))
+    validate("kubernetes-validate", "--strict", str(file))
+
+
 def test_the_graph_deployment_is_like_dynamos_own_and_its_pods_keep_to_kubernetes_schemas(tmp_path):
     """The custom resource's definition is not in Dynamo's package; a graph that its profiler deploys is."""
     template = resources.files("dynamo.profiler") / "templates/dgd/mocker/disagg.yaml"

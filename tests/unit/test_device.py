@@ -204,7 +204,7 @@ def test_a_device_has_one_worker_and_is_free_when_that_is_killed(uuid):
             lock.hold(gpu)
         assert f"pid {first.pid}, user {os.getuid()}" in str(taken.value)
         assert "NVIDIA H100" in str(taken.value)
-        assert "CUDA_VISIBLE_DEVICES" in str(taken.value)
+        assert "LTX2_DEVICES" in str(taken.value)
         with holder(uuid) as second:
             _, error = second.communicate(timeout=60)
             assert second.returncode == 1
@@ -280,8 +280,10 @@ def test_indices_count_what_is_visible(monkeypatch):
 
 
 def test_instances_of_a_gpu_are_selected_one_by_one(monkeypatch):
-    install(monkeypatch, SPLIT)
-    assert named("MIG-cc32,MIG-cc31") == ["MIG-cc32", "MIG-cc31"]
+    twin = Gpu("MIG-cc34", LARGE.name)
+    install(monkeypatch, Gpu("GPU-cc33", mig=[LARGE, SMALL, twin]))
+    assert named("MIG-cc34,MIG-cc32") == ["MIG-cc34", "MIG-cc32"]
+    assert named("all") == ["MIG-cc32", "MIG-cc34"]
 
 
 @pytest.mark.parametrize(

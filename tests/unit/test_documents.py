@@ -10,7 +10,7 @@ from ltx2_pool.words.settings import Settings
 from tests.documents import DOCUMENTS, MARKS, commands
 from tests.paths import REPOSITORY
 
-DEPLOYMENT_SETTINGS = {"LTX2_WARM_PAGE_CACHE", "LTX2_IMAGE", "LTX2_MODEL_DIR"}
+DEPLOYMENT_SETTINGS = {"LTX2_WARM_PAGE_CACHE", "LTX2_IMAGE", "LTX2_MODEL_DIR", "LTX2_GPUS"}
 """Read by the entrypoint and by the compose file, not by the worker."""
 
 

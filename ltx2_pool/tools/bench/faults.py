@@ -154,10 +154,13 @@ def directory_read_only(target: Target) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def weights_do_not_start(target: Target) -> Iterator[bool]:
-    """The weights process dies, and its successors do not come up."""
-    os.environ["LTX2_IMAGINARY"] = "weights=eof"
+    """The weights process of a device dies, and its successors do not come up."""
+    helpers = target.pool.status()["helpers"]
+    names = [name for name in helpers if name.startswith("weights")]
+    name = names[int(target.pick() * len(names))]
+    os.environ["LTX2_IMAGINARY"] = f"{name.replace(' ', ' on ')}=eof"
     try:
-        yield _signal(target.pool.status()["helpers"].get("weights"), signal.SIGKILL)
+        yield _signal(helpers[name], signal.SIGKILL)
     finally:
         del os.environ["LTX2_IMAGINARY"]
 

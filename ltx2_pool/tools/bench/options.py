@@ -111,6 +111,9 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     five.set_defaults(run=commands["chaos"])
     _model_options(five)
     five.add_argument("--jobs", type=_count, default=1000, metavar="N", help="[%(default)s]")
+    five.add_argument(
+        "--devices", type=_count, default=1, metavar="N", help="GPUs, or where there are none stand-ins [%(default)s]"
+    )
     five.add_argument("--fault-rate", type=float, default=0.2, metavar="P", help="faults for each job [%(default)s]")
     five.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     five.add_argument("--real", action="store_true", help="the real pipeline; without, an imaginary engine")

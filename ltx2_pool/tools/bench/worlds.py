@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ltx2_pool.processes.process import Timeouts
@@ -14,6 +15,7 @@ from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words import device, requests
+from ltx2_pool.words.device import Device
 from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.recipe import Recipe
@@ -24,35 +26,51 @@ _MEMORY = Memory(resident=1 << 30, peak=2 << 30)
 _RESERVE = 1 << 30
 
 
-def real(recipe: Recipe, menu: Menu, cache_root: Path, run_dir: Path) -> Pool:
+def devices(count: int, *, real: bool) -> tuple[Device, ...]:
+    """So many GPUs, or stand-ins where there are none or nothing is computed. Raises DeviceError."""
+    gpus = real and device.visible()[0].is_gpu
+    if count == 1 and not gpus:
+        return (device.CPU,)
+    return device.select(",".join(str(number) if gpus else f"cpu:{number}" for number in range(count)))
+
+
+def real(recipe: Recipe, menu: Menu, cache_root: Path, run_dir: Path, on: Sequence[Device]) -> Pool:
     """Forks of the zygote that borrow their weights, every shape started ahead."""
     timeouts = Timeouts(spawn=180, weights=180, generation=180, cancel=10, term=5)
-    host = ProcessHost(recipe, cache_root, run_dir / "caches", timeouts)
-    here = device.visible()[0]
+    names = [each.id for each in on]
+    host = ProcessHost(recipe, cache_root, run_dir / "caches", timeouts, offers=menu.offers, devices=names)
     keys = [Key(shape) for shape in menu.shapes]
     return Pool(
         host,
-        Book(Ledger({here.id: None}), _LIMITS, keys, keys),
+        Book(Ledger(dict.fromkeys(names)), _LIMITS, keys, keys, gpus=_gpus(menu)),
         _videos(run_dir),
-        devices=(here,),
+        devices=tuple(on),
         memory_reserve=_RESERVE,
         warm_up=functools.partial(requests.warm_up, menu),
         ready_min=len(keys),
     )
 
 
-def imaginary(menu: Menu, run_dir: Path) -> Pool:
-    """Interpreters that borrow imaginary weights; two processes at most, so that shapes are evicted all the time.
+def imaginary(menu: Menu, run_dir: Path, on: Sequence[Device]) -> Pool:
+    """Interpreters that borrow imaginary weights; at most two on a device, so that shapes are evicted all the time.
 
     Confined as the real ones are: they can write to directories that are in `run_dir` now, and not to `run_dir` itself.
     """
     timeouts = Timeouts(spawn=20, weights=20, generation=60, cancel=5, term=5, silence=2)
     program = ExecSpawner([sys.executable, "-m", "ltx2_pool.tools.imaginary", "--confined"])
-    host = ProcessHost(Recipe(model_path="none"), run_dir / "cache", run_dir / "caches", timeouts, spawner=program)
-    ledger = Ledger({"cpu": sys.maxsize}, max_processes=2)
+    names = [each.id for each in on]
+    recipe, offers = Recipe(model_path="none"), menu.offers
+    host = ProcessHost(
+        recipe, run_dir / "cache", run_dir / "caches", timeouts, spawner=program, offers=offers, devices=names
+    )
+    ledger = Ledger(dict.fromkeys(names, sys.maxsize), max_processes=2)
     for shape in menu.shapes:
         ledger.observe(Key(shape), _MEMORY)
-    return Pool(host, Book(ledger, _LIMITS, [Key(shape) for shape in menu.shapes]), _videos(run_dir))
+    return Pool(host, Book(ledger, _LIMITS, [Key(shape) for shape in menu.shapes], gpus=_gpus(menu)), _videos(run_dir))
+
+
+def _gpus(menu: Menu) -> dict[Key, int]:
+    return {offer.key: offer.gpus for offer in menu.offers}
 
 
 def _videos(run_dir: Path) -> Path:
