@@ -87,6 +87,14 @@ class ShapeProcess(ChildProcess, Process):
         self._weights = weights
         if not self.alive:
             raise await self.loss()
+        assign = Assign(
+            key=self.key,
+            recipe=recipe,
+            picture_sizes=self._picture_sizes,
+            warm_up=warm_up,
+            borrow=weights is not None,
+            rank=self._rank,
+        )
         try:
             slate = self._slate = Slate(self._picture_sizes)
         except OSError as error:
@@ -96,14 +104,6 @@ class ShapeProcess(ChildProcess, Process):
         if weights is not None and weights.desk is not None:
             inherited.append(weights.desk.fileno())
         inherited += rendezvous
-        assign = Assign(
-            key=self.key,
-            recipe=recipe,
-            picture_sizes=self._picture_sizes,
-            warm_up=warm_up,
-            borrow=weights is not None,
-            rank=self._rank,
-        )
         advice = "raise LTX2_POOL_SPAWN_TIMEOUT if it only needs longer"
         environment = {**recipe.environment(cache), **shown(self.devices)}
         message = await self.begin(environment, inherited, assign, self._timeouts.spawn, advice)
