@@ -36,7 +36,7 @@ def saved(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 RED = saved(Image.new("RGB", (320, 200), (200, 30, 30)))
-LONG = saved(Image.new("RGB", (7000, 7000)), "JPEG")
+LONG = saved(Image.new("RGB", (5000, 5000)), "JPEG")
 """It keeps a child busy for seconds."""
 
 
