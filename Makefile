@@ -7,13 +7,16 @@ COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --extra tools --extra s3 --
 	--no-emit-index-url --no-header --no-annotate
 INSTALLED := $(VENV)/.installed
 
+# Every process of the demo and the tests imports torch and FastVideo: twice as long where nobody may keep the bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint unit lock clean
 
 demo: $(INSTALLED)  ## four videos through the real frontend, a table and a contact sheet
 	$(RUN) -m ltx2_pool.programs.demo
 
-test: $(INSTALLED) lint  ## the whole suite
-	$(RUN) -m pytest
+test: $(INSTALLED) lint  ## the whole suite, two files of tests at a time
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 unit: $(INSTALLED)  ## only what needs no FastVideo
 	$(RUN) -m pytest tests/unit
