@@ -64,7 +64,8 @@ class Run:
         (self.out / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
     def host(self) -> ProcessHost:
-        return ProcessHost(self.recipe, self.caches, self.scratch, TIMEOUTS, offers=self.menu.offers)
+        here = [device.visible()[0].id]
+        return ProcessHost(self.recipe, self.caches, self.scratch, TIMEOUTS, offers=self.menu.offers, devices=here)
 
     async def compile_all(self) -> dict[Shape, Ready]:
         """A warm-up in a fresh process for each shape, some at a time: fills the caches and measures the memory."""
@@ -88,7 +89,7 @@ class Run:
         try:
             began = time.monotonic()
             await host.prepare()
-            lending = host.lending("cpu")
+            lending = host.lending(device.visible()[0].id)
             assert lending is not None
             self.report["weights"] = {**lending.model_dump(), "with_zygote_s": time.monotonic() - began}
             self.note("zygote and weights process are ready")
@@ -147,12 +148,12 @@ class Run:
             self.report["hot"] = [p["shape"] for p in pool.status()["processes"] if p["state"] == "ready"]
             self.note(f"{len(self.report['hot'])} of {len(self.menu.shapes)} shapes are hot at once")
             assert host.weights
-            before = await host.weights["cpu"].checksum()
+            before = await host.weights[device.visible()[0].id].checksum()
             for shape in self.menu.shapes:
                 if shape.key in self.report["hot"]:
                     await self.videos_of(pool, shape)
             self.report["device_free"] = here.free()
-            self.report["weights_unchanged"] = await host.weights["cpu"].checksum() == before
+            self.report["weights_unchanged"] = await host.weights[device.visible()[0].id].checksum() == before
             self.report["status"] = pool.status()
             self.note(f"weights unchanged: {self.report['weights_unchanged']}; free: {here.free() >> 20} MiB")
             await self.beside_a_spawn(pool)
@@ -230,7 +231,7 @@ class Run:
         }
         self.report["weights_killed"] = found
         assert host.weights
-        await host.weights["cpu"].checksum()
+        await host.weights[device.visible()[0].id].checksum()
         found["weights_again_s"] = time.monotonic() - killed
         since = time.monotonic()
         os.kill(before, signal.SIGKILL)
