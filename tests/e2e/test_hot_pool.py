@@ -187,7 +187,7 @@ def test_a_loan_that_nobody_can_take_over_is_given_up(model, baked, tmp_path, mo
                     await asyncio.sleep(0.01)
             assert next(failures, None) is None
             assert (await process.loss()).reason == "weights_lost"
-            host._pause.succeeded()
+            host.weights["cpu"].pause.succeeded()
             await host.prepare()
             assert await host.weights["cpu"].checksum() == before
 
