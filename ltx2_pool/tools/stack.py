@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ltx2_pool.words.menu import Menu
 TINY_MENU = Path(__file__).with_name("tiny.yaml")
 """Three shapes that a CPU makes in seconds with the tiny checkpoint."""
 WORKER = (sys.executable, "-m", "ltx2_pool.programs.worker")
+GATEWAY = (sys.executable, "-m", "ltx2_pool.programs.gateway")
 _POLL = 0.05
 
 
@@ -97,8 +98,10 @@ class Stack:
             "LTX2_CACHE_ROOT": str(cache_root),
             **environment,
         }
+        self.gateway_port = free_port()
         self.frontend: subprocess.Popen[bytes] | None = None
         self.worker: subprocess.Popen[bytes] | None = None
+        self.gateway: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=600)
         self._guard = Guard()
 
@@ -129,6 +132,21 @@ class Stack:
             [*self._program, *arguments],
             {"DYN_SYSTEM_PORT": str(self.system_port), "DYN_SYSTEM_HOST": "127.0.0.1"},
         )
+
+    def start_gateway(self, state: Path, *arguments: str) -> str:
+        """A gateway that keeps its jobs and videos in a directory; returns its URL, where it answers by now."""
+        state.mkdir(parents=True, exist_ok=True)
+        options = {
+            "--frontend": f"http://127.0.0.1:{self.http_port}",
+            "--workers": f"http://127.0.0.1:{self.system_port}",
+            "--port": str(self.gateway_port),
+            "--database": f"sqlite+aiosqlite:///{state.resolve()}/jobs.sqlite",
+            "--content": f"file://{state.resolve()}/videos",
+        }
+        self.gateway = self._start("gateway", [*GATEWAY, *(p for o in options.items() for p in o), *arguments])
+        url = f"http://127.0.0.1:{self.gateway_port}"
+        await_answer(f"{url}/health", self.gateway, lambda: self.log_tail("gateway"))
+        return url
 
     def _start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
@@ -194,13 +212,27 @@ class Stack:
 
     def close(self) -> None:
         """Stop everything that was started."""
+        _stop(self.gateway, 20)
         _stop(self.worker, 60)
         _stop(self.frontend, 20)
         self.client.close()
-        for process in (self.worker, self.frontend):
+        for process in (self.worker, self.frontend, self.gateway):
             if process is not None:
                 self._guard.forget(process.pid)
         self._guard.close()
+
+
+def await_answer(url: str, process: subprocess.Popen[bytes], log: Callable[[], str], timeout: float = 60) -> None:
+    """Wait until a program answers 200 there. Raises StackError."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise StackError(f"the program for {url} ended with status {process.returncode}\n{log()}")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        time.sleep(_POLL)
+    raise StackError(f"{url} did not answer within {timeout:g} s\n{log()}")
 
 
 def _stop(process: subprocess.Popen[bytes] | None, timeout: float) -> int:
