@@ -49,23 +49,8 @@ def application(gateway: Gateway) -> ASGIApp:
         finally:
             await gateway.close()
 
-    video = "/v1/videos/{id}"
     app = Starlette(
-        routes=[
-            Route("/v1/videos", videos.create, methods=["POST"]),
-            Route("/v1/videos", videos.listing, methods=["GET"]),
-            Route(video, videos.retrieve, methods=["GET"]),
-            Route(video, videos.remove, methods=["DELETE"]),
-            Route(f"{video}/content", videos.content, methods=["GET"]),
-            Route(f"{video}/events", videos.events, methods=["GET"]),
-            Route(f"{video}/remix", videos.remix, methods=["POST"]),
-            Route("/v1/models", _models),
-            Route("/v1/pool", _pool),
-            Route("/health", _health),
-            Route("/metrics", _metrics),
-            Route("/openapi.json", _document),
-            *(Route(f"/{name}", _page) for name in PAGE),
-        ],
+        routes=ROUTES,
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, StoreError: _store_error},
         lifespan=life,
     )
@@ -134,10 +119,10 @@ def _from_here(headers: dict[str, str]) -> None:
     host = headers.get("host", "")
     name = urlsplit(f"//{host}").hostname if host else None
     if name is not None and not is_loopback(name):
-        raise ApiError(403, f"without API keys this gateway serves localhost only, not {ascii(host[:80])}")
+        raise ApiError(403, f"without API keys this gateway serves localhost only, not {host[:80]!a}")
     origin = headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != host:
-        raise ApiError(403, f"pages of {ascii(origin[:80])} may not use this gateway")
+        raise ApiError(403, f"pages of {origin[:80]!a} may not use this gateway")
 
 
 async def _models(request: Request) -> Response:
@@ -211,3 +196,22 @@ async def _http_error(_: Request, error: Exception) -> Response:
 async def _store_error(request: Request, error: Exception) -> Response:
     logger.error("%s %s: the database: %s", request.method, request.url.path, error)
     return ApiError(503, "the jobs cannot be read or written now", code="store_unavailable", retry_after=5).response
+
+
+_VIDEO = "/v1/videos/{id}"
+ROUTES = [
+    Route("/v1/videos", videos.create, methods=["POST"]),
+    Route("/v1/videos", videos.listing, methods=["GET"]),
+    Route(_VIDEO, videos.retrieve, methods=["GET"]),
+    Route(_VIDEO, videos.remove, methods=["DELETE"]),
+    Route(f"{_VIDEO}/content", videos.content, methods=["GET"]),
+    Route(f"{_VIDEO}/events", videos.events, methods=["GET"]),
+    Route(f"{_VIDEO}/remix", videos.remix, methods=["POST"]),
+    Route("/v1/models", _models),
+    Route("/v1/pool", _pool),
+    Route("/health", _health),
+    Route("/metrics", _metrics),
+    Route("/openapi.json", _document),
+    *(Route(f"/{name}", _page) for name in PAGE),
+]
+"""The API is also described in openapi.yaml, which a test holds against this."""

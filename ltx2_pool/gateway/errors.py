@@ -42,4 +42,4 @@ class ApiError(Exception):
 
 def not_found(id: str) -> ApiError:
     """Also for another's job: whether it exists is nobody's business."""
-    return ApiError(404, f"there is no video {ascii(id[:80])}", code="video_not_found")
+    return ApiError(404, f"there is no video {id[:80]!a}", code="video_not_found")

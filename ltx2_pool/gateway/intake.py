@@ -109,9 +109,7 @@ async def read(request: Request, max_bytes: int) -> dict[str, Any]:
         raise ApiError(400, f"the form cannot be read: {error.message}") from error
     except KeyError as error:  # a multipart form without a boundary
         raise ApiError(400, f"the form cannot be read: {error.args[0]} is missing") from error
-    raise ApiError(
-        415, f"content-type {ascii(kind[:80])} is not supported: send application/json or multipart/form-data"
-    )
+    raise ApiError(415, f"content-type {kind[:80]!a} is not supported: send application/json or multipart/form-data")
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -135,10 +133,10 @@ async def _fields(items: Sequence[tuple[str, str | UploadFile]]) -> dict[str, An
         inner = re.fullmatch(r"(\w+)\[(\w+)\]", name)
         target, key = (fields.setdefault(inner[1], {}), inner[2]) if inner else (fields, name)
         if not isinstance(target, dict) or key in target:
-            raise ApiError(400, f"{ascii(name[:80])} is there twice", param=name[:80])
+            raise ApiError(400, f"{name[:80]!a} is there twice", param=name[:80])
         if isinstance(value, UploadFile):
             if name not in PICTURE_FIELDS:
-                raise ApiError(400, f"{ascii(name[:80])} is no field for a file", param=name[:80])
+                raise ApiError(400, f"{name[:80]!a} is no field for a file", param=name[:80])
             target[key] = await _data_url(value, name)
         elif (inner and key not in TEXTS) or name.endswith("_strength"):
             target[key] = _number(value)

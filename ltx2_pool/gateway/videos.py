@@ -60,9 +60,7 @@ async def _accept(
     shape = intake.check(asked, menu, limit) if menu is not None else None
     model = await gateway.outlook.model(asked.model)
     if model is None:
-        raise ApiError(
-            404, f"there is no model {ascii((asked.model or '')[:80])}", code="model_not_found", param="model"
-        )
+        raise ApiError(404, f"there is no model {(asked.model or '')[:80]!a}", code="model_not_found", param="model")
     if not model:
         raise ApiError(503, "no model is served yet", code="not_ready", retry_after=5)
     body = {**asked.body, "model": model}

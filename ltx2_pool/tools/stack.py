@@ -210,9 +210,13 @@ class Stack:
         """SIGTERM, then SIGKILL after the timeout; returns the exit status."""
         return _stop(self.worker, timeout)
 
+    def stop_gateway(self, timeout: float = 90) -> int:
+        """SIGTERM, then SIGKILL after the timeout; returns the exit status."""
+        return _stop(self.gateway, timeout)
+
     def close(self) -> None:
         """Stop everything that was started."""
-        _stop(self.gateway, 20)
+        self.stop_gateway()
         _stop(self.worker, 60)
         _stop(self.frontend, 20)
         self.client.close()

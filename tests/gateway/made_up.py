@@ -144,7 +144,7 @@ class Frontend:
         yield {"id": "video_x", "status": "in_progress", "progress": 0}
         yield {"id": "video_x", "status": "in_progress", "progress": 50}
         if verb == "hold":
-            while not self._released.is_set():
+            while not self._released.is_set():  # noqa: ASYNC110 (another thread sets it)
                 await asyncio.sleep(0.01)
         if verb == "break":
             raise ConnectionError("as a worker that is killed")

@@ -272,7 +272,7 @@ def test_who_leaves_a_synchronous_call_stops_it(gateway, frontend):
 
 
 def test_one_key_neither_sees_nor_touches_the_jobs_of_another(keyed, frontend):
-    running, a, b = keyed
+    _, a, b = keyed
     id = a.post("/v1/videos", json={"prompt": "hold a secret", "user": "ann"}).json()["id"]
     wait(lambda: [r["user"] for r in frontend.requests if r["prompt"] == "hold a secret"] == ["a/ann"])
     for answer in (

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.conftest import Running, wait
-from tests.gateway.made_up import mp4
+from tests.gateway.made_up import Frontend, mp4
 
 QUICK = {"claim_timeout": "1"}
 
 
-def files(running: Running) -> list[str]:
-    root = running.state / "videos"
+def files(running: Running, job: str = "") -> list[str]:
+    root = running.state / "videos" / job
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
@@ -67,36 +67,30 @@ def test_a_gateway_that_is_told_to_stop_lets_jobs_finish(make_gateway, own_front
 
 
 @pytest.mark.parametrize("what", ["busy:1 x", "lost:1 x", "break:1 x", "garbage:1 x"])
-def test_what_goes_wrong_upstream_is_tried_again(make_gateway, own_frontend, what):
-    running = make_gateway(own_frontend)
-    id = running.create(what)
-    assert running.ended(id)["status"] == "completed"
-    assert len(own_frontend.requests) == 2
-    assert len(files(running)) == 1
+def test_what_goes_wrong_upstream_is_tried_again(gateway, frontend, what):
+    id = gateway.create(what)
+    assert gateway.ended(id)["status"] == "completed"
+    assert asked(frontend, what) == 2
+    assert len(files(gateway, id)) == 1
 
 
-def test_a_job_that_is_lost_again_and_again_fails_and_says_so(make_gateway, own_frontend):
-    running = make_gateway(own_frontend, attempts="2")
-    job = running.ended(running.create("break"))
-    assert (job["status"], job["error"]["code"]) == ("failed", "server_error")
-    assert job["error"]["message"].startswith("the video was lost 2 times: the frontend broke off")
-    assert len(own_frontend.requests) == 2
+def asked(frontend: Frontend, prompt: str) -> int:
+    return [request["prompt"] for request in frontend.requests].count(prompt)
 
 
 @pytest.mark.parametrize(("prompt", "code"), [("refuse", "invalid_request"), ("fail", "generation_failed")])
-def test_a_true_failure_is_not_tried_again(make_gateway, own_frontend, prompt, code):
-    running = make_gateway(own_frontend)
-    assert running.ended(running.create(prompt))["error"]["code"] == code
-    assert len(own_frontend.requests) == 1
+def test_a_true_failure_is_not_tried_again(gateway, frontend, prompt, code):
+    assert gateway.ended(gateway.create(prompt))["error"]["code"] == code
+    assert asked(frontend, prompt) == 1
 
 
-def test_jobs_wait_while_no_worker_is_there(make_gateway, own_frontend):
-    running = make_gateway(own_frontend, attempts="1")
-    own_frontend.away = True
-    id = running.create("patience")
-    wait(lambda: len(own_frontend.requests) >= 2)
-    own_frontend.away = False
-    assert running.ended(id)["status"] == "completed"
+def test_jobs_wait_while_no_worker_is_there(gateway, frontend):
+    frontend.away = True
+    id = gateway.create("patience")
+    wait(lambda: asked(frontend, "patience") >= 2)
+    frontend.away = False
+    assert gateway.ended(id)["status"] == "completed"
+    assert "is handed out for the" not in gateway.log.read_text().partition(f"job {id}")[2]  # no attempt was counted
 
 
 def test_a_job_that_waits_too_long_fails(make_gateway, own_frontend):
@@ -140,8 +134,12 @@ def test_what_has_expired_is_removed(make_gateway, own_frontend):
     assert running.count('ltx2_gateway_end_total{end="expired"}') == 1
 
 
-def test_a_video_that_cannot_be_stored_is_no_finished_job(make_gateway, own_frontend, tmp_path):
-    running = make_gateway(own_frontend, attempts="1")
+def test_a_job_that_is_lost_again_and_again_fails_and_says_so(make_gateway, own_frontend):
+    running = make_gateway(own_frontend, attempts="2")
+    job = running.ended(running.create("break"))
+    assert (job["status"], job["error"]["code"]) == ("failed", "server_error")
+    assert job["error"]["message"].startswith("the video was lost 2 times: the frontend broke off")
+    assert len(own_frontend.requests) == 2
     (running.state / "videos").write_text("a file where the directory should be")
     job = running.ended(running.create())
     assert "the video cannot be stored" in job["error"]["message"]

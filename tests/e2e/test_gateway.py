@@ -1,0 +1,86 @@
+"""The unmodified official client against gateway, real frontend and real worker."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import openai
+import pytest
+from PIL import Image
+
+from .conftest import MENU, A, ask, check, wait
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client says what becomes of somebody's API
+OFFERED = "ltx2-tiny"
+
+
+@pytest.fixture(scope="module")
+def url(pool, tmp_path_factory) -> Iterator[str]:
+    yield pool.start_gateway(tmp_path_factory.mktemp("gateway"), "--shapes", str(MENU))
+    assert pool.stop_gateway() == 0, pool.log_tail("gateway")
+
+
+@pytest.fixture(scope="module")
+def client(url) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="nobody looks", max_retries=0) as official:
+        yield official
+
+
+def test_the_official_client_creates_polls_fetches_lists_and_deletes(pool, client):
+    video = client.videos.create(prompt="a red fox in the snow", model=OFFERED, size=A.size)
+    assert (video.status, video.progress, video.size) == ("queued", 0, A.size)
+    done = wait(lambda: found if (found := client.videos.retrieve(video.id)).status == "completed" else None)
+    assert done.progress == 100
+    data = client.videos.download_content(video.id).read()
+    check(data, A)
+    assert data == ask(pool, A)  # as the frontend's own call makes it
+    thumbnail = client.videos.download_content(video.id, variant="thumbnail").read()
+    assert Image.open(io.BytesIO(thumbnail)).size == (A.width, A.height)
+    assert [found.id for found in client.videos.list(limit=1)][0] == video.id
+    assert client.videos.delete(video.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(video.id)
+
+
+def test_the_official_client_polls_a_video_that_starts_from_a_file(pool, client):
+    picture = io.BytesIO()
+    Image.new("RGB", (A.width, A.height), "orange").save(picture, "PNG")
+    video = client.videos.create_and_poll(
+        prompt="an orange",
+        model=OFFERED,
+        size=A.size,
+        input_reference=("orange.png", picture.getvalue(), "image/png"),
+        extra_body={"nvext": {"seed": 7}},
+        poll_interval_ms=50,
+    )
+    assert (video.status, video.error) == ("completed", None)
+    check(client.videos.download_content(video.id).read(), A)
+    assert "pictures=first:sha256:" in pool.log("worker")
+
+
+def test_the_official_client_is_told_what_is_wrong(client):
+    with pytest.raises(openai.BadRequestError, match="size '65x64' is not on the menu"):
+        client.videos.create(prompt="x", size="65x64")
+    with pytest.raises(openai.NotFoundError, match="there is no model 'sora-2'"):
+        client.videos.create(prompt="x", model="sora-2")
+
+
+def test_a_broken_picture_fails_the_job_with_the_workers_words(client):
+    video = client.videos.create_and_poll(
+        prompt="x", input_reference=("p.png", b"\x89PNG but no more", "image/png"), poll_interval_ms=50
+    )
+    assert video.status == "failed"
+    assert video.error is not None
+    assert video.error.code == "invalid_request"
+    assert "input_reference" in video.error.message
+
+
+def test_deleting_a_job_frees_the_gpu(pool, client):
+    """Many steps would take long; the worker stops between two of them."""
+    done_before = pool.log("worker").count("cancelled by its client")
+    video = client.videos.create(prompt="long", size=A.size, extra_body={"nvext": {"num_inference_steps": 8}})
+    wait(lambda: client.videos.retrieve(video.id).status == "in_progress")
+    client.videos.delete(video.id)
+    wait(lambda: pool.status()["running"] == 0 and pool.status()["waiting"] == 0)
+    assert pool.log("worker").count("cancelled by its client") >= done_before
