@@ -74,7 +74,7 @@ class Outlook:
         """Seconds that a job accepted now waits: what the workers say, and what waits here besides."""
         said = [float(status.get("expected_wait_s") or 0) for status in await self._statuses.get()]
         here = queued * typical / self._concurrency
-        return (min(said) if said else 0.0) + here or UNKNOWN_WAIT
+        return min(said) + here if said else here or UNKNOWN_WAIT
 
     def poll_after(self) -> float:
         """Seconds after which a client that asks for a job's status should ask again."""

@@ -104,7 +104,7 @@ function waitText(job) {
   const queue = pool?.queue;
   if (!queue) return "";
   if (job.status === "queued") return `about ${Math.max(1, Math.ceil(queue.expected_wait_seconds))} s to wait`;
-  return queue.typical_seconds ? `a video takes some ${Math.max(1, Math.round(queue.typical_seconds))} s` : "";
+  return queue.typical_seconds ? `videos take some ${Math.max(1, Math.round(queue.typical_seconds))} s now` : "";
 }
 
 async function play(card, fresh) {
