@@ -194,6 +194,8 @@ class Dispatcher:
         job = work.job
         if job.attempts > self._settings.attempts:
             raise Failed("server_error", f"the video was begun {job.attempts - 1} times, and lost each time")
+        if job.attempts > 1:  # what others may have written, and not told anybody
+            await self._content.remove(job.id)
         async with asyncio.timeout(max(0, job.left)):
             return await self._maker.make(job.body, on_progress)
 

@@ -78,7 +78,7 @@ class GatewaySettings(BaseModel):
         le=1000,
     )
     attempts: int = option(
-        6,
+        8,
         "LTX2_GATEWAY_ATTEMPTS",
         "how often a job is handed out before it fails, when workers, frontends or gateways die under it",
         flag="--attempts",

@@ -251,9 +251,23 @@ def _spawn(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _chaos_of_gateways(arguments: argparse.Namespace, console: Console) -> int:
+    from ltx2_pool.tools.bench import jobschaos
+
+    with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as work, Progress(console=console) as progress:
+        bar = progress.add_task("jobs", total=arguments.jobs)
+        record = jobschaos.run(
+            Path(work), arguments.jobs, arguments.seed, arguments.postgresql, lambda: progress.advance(bar)
+        )
+    jobschaos.show(record, console)
+    return 1 if record.problems else 0
+
+
 def _chaos(arguments: argparse.Namespace, console: Console) -> int:
     from ltx2_pool.tools.bench import chaos, faults, worlds
 
+    if arguments.gateway:
+        return _chaos_of_gateways(arguments, console)
     menu = Menu.load(arguments.shapes)
     logging.getLogger("ltx2_pool").addHandler(logging.NullHandler())  # a line for each fault would hide the ledger
     kinds: tuple[faults.Fault, ...] = (*faults.OF_PROCESSES, *faults.OF_THE_MACHINE)

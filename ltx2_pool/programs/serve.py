@@ -54,16 +54,17 @@ def _serve(console: Console, arguments: argparse.Namespace, logs: Path) -> None:
     with console.status("writing the tiny checkpoint (random weights, real LTX-2 classes)"):
         model = arguments.model or stack.checkpoint(work)
     running = stack.Stack(logs, model, arguments.shapes, work / "cache", **SETTINGS)
-    running.gateway_port = arguments.port or _port()
     with contextlib.ExitStack() as cleanup:
         with console.status("starting the Dynamo frontend, the worker and the gateway"):
             cleanup.enter_context(running)
-            url = running.start_gateway(work / "gateway", "--shapes", str(arguments.shapes))
+            menu = ("--shapes", str(arguments.shapes))
+            url = running.start_gateway(work / "gateway", *menu, port=arguments.port or _port())
         console.print(f"the page    {url}")
         console.print(f"the API     {url}/v1/videos, for the OpenAI client with base_url={url}/v1 and any key")
         console.print(f"the logs    {logs}")
         console.print("A new shape compiles before its first video: some 30 s. Ctrl-C ends everything.")
-        parts = {"frontend": running.frontend, "worker": running.worker, "gateway": running.gateway}
+        (gateway,) = running.gateways.values()
+        parts = {"frontend": running.frontend, "worker": running.worker, "gateway": gateway}
         while True:
             for name, process in parts.items():
                 if process is not None and process.poll() is not None:

@@ -98,10 +98,10 @@ class Stack:
             "LTX2_CACHE_ROOT": str(cache_root),
             **environment,
         }
-        self.gateway_port = free_port()
         self.frontend: subprocess.Popen[bytes] | None = None
         self.worker: subprocess.Popen[bytes] | None = None
-        self.gateway: subprocess.Popen[bytes] | None = None
+        self.gateways: dict[int, subprocess.Popen[bytes]] = {}
+        """By port."""
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=600)
         self._guard = Guard()
 
@@ -133,19 +133,21 @@ class Stack:
             {"DYN_SYSTEM_PORT": str(self.system_port), "DYN_SYSTEM_HOST": "127.0.0.1"},
         )
 
-    def start_gateway(self, state: Path, *arguments: str) -> str:
+    def start_gateway(self, state: Path, *arguments: str, port: int | None = None) -> str:
         """A gateway that keeps its jobs and videos in a directory; returns its URL, where it answers by now."""
         state.mkdir(parents=True, exist_ok=True)
+        port = port or free_port()
         options = {
             "--frontend": f"http://127.0.0.1:{self.http_port}",
             "--workers": f"http://127.0.0.1:{self.system_port}",
-            "--port": str(self.gateway_port),
+            "--port": str(port),
             "--database": f"sqlite+aiosqlite:///{state.resolve()}/jobs.sqlite",
             "--content": f"file://{state.resolve()}/videos",
         }
-        self.gateway = self._start("gateway", [*GATEWAY, *(p for o in options.items() for p in o), *arguments])
-        url = f"http://127.0.0.1:{self.gateway_port}"
-        await_answer(f"{url}/health", self.gateway, lambda: self.log_tail("gateway"))
+        command = [*GATEWAY, *(part for option in options.items() for part in option), *arguments]
+        self.gateways[port] = self._start("gateway", command)
+        url = f"http://127.0.0.1:{port}"
+        await_answer(f"{url}/health", self.gateways[port], lambda: self.log_tail("gateway"))
         return url
 
     def _start(
@@ -210,17 +212,17 @@ class Stack:
         """SIGTERM, then SIGKILL after the timeout; returns the exit status."""
         return _stop(self.worker, timeout)
 
-    def stop_gateway(self, timeout: float = 90) -> int:
-        """SIGTERM, then SIGKILL after the timeout; returns the exit status."""
-        return _stop(self.gateway, timeout)
+    def stop_gateways(self, timeout: float = 90) -> list[int]:
+        """SIGTERM, then SIGKILL after the timeout; returns the exit statuses."""
+        return [_stop(gateway, timeout) for gateway in self.gateways.values()]
 
     def close(self) -> None:
         """Stop everything that was started."""
-        self.stop_gateway()
+        self.stop_gateways()
         _stop(self.worker, 60)
         _stop(self.frontend, 20)
         self.client.close()
-        for process in (self.worker, self.frontend, self.gateway):
+        for process in (self.worker, self.frontend, *self.gateways.values()):
             if process is not None:
                 self._guard.forget(process.pid)
         self._guard.close()

@@ -18,7 +18,7 @@ OFFERED = "ltx2-tiny"
 @pytest.fixture(scope="module")
 def url(pool, tmp_path_factory) -> Iterator[str]:
     yield pool.start_gateway(tmp_path_factory.mktemp("gateway"), "--shapes", str(MENU))
-    assert pool.stop_gateway() == 0, pool.log_tail("gateway")
+    assert pool.stop_gateways() == [0], pool.log_tail("gateway")
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ import httpx
 import pytest
 
 from ltx2_pool.gateway import keys
-from ltx2_pool.tools import stack
+from ltx2_pool.tools import postgres, stack
 from tests.gateway.made_up import Frontend
 
 
@@ -147,32 +145,9 @@ def keyed(frontend, tmp_path_factory) -> Iterator[tuple[Running, httpx.Client, h
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
-    """The URL of an empty database, of a server that is started here."""
-    found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
-    if found is None:
+    """The URL of an empty database."""
+    if postgres.binaries() is None:
         missing = "PostgreSQL is not installed (Debian: apt-get install postgresql)"
         pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
-    binaries, port = Path(found).resolve().parent, stack.free_port()
-    root = Path(tempfile.mkdtemp(prefix="ltx2-pg-"))
-    user = ["runuser", "--user", "postgres", "--"] if os.geteuid() == 0 else []  # the server refuses root
-    if user:
-        shutil.chown(root, "postgres")
-    data = root / "data"
-    subprocess.run(
-        [*user, binaries / "initdb", "--auth=trust", "--username=test", "--no-sync", data],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    server = subprocess.Popen(
-        [*user, binaries / "postgres", "-D", data, "-p", str(port), "-k", root, "-h", "127.0.0.1", "-c", "fsync=off"],
-        stdout=subprocess.DEVNULL,
-        stderr=(root / "log").open("wb") if not user else subprocess.DEVNULL,
-    )
-    try:
-        ready = [binaries / "pg_isready", "--quiet", "--host=127.0.0.1", f"--port={port}"]
-        wait(lambda: subprocess.run(ready).returncode == 0)
-        yield f"postgresql+asyncpg://test@127.0.0.1:{port}/postgres"
-    finally:
-        subprocess.run([*user, binaries / "pg_ctl", "stop", "-D", data, "-m", "immediate"], stdout=subprocess.DEVNULL)
-        server.wait(30)
-        shutil.rmtree(root, ignore_errors=True)
+    with postgres.server() as url:
+        yield url

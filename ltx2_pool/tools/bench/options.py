@@ -114,6 +114,12 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     five.add_argument("--fault-rate", type=float, default=0.2, metavar="P", help="faults for each job [%(default)s]")
     five.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     five.add_argument("--real", action="store_true", help="the real pipeline; without, an imaginary engine")
+    five.add_argument(
+        "--gateway", action="store_true", help="jobs of the gateway's API while gateway, frontend and worker are killed"
+    )
+    five.add_argument(
+        "--postgresql", action="store_true", help="with --gateway: two gateways on a PostgreSQL of its own"
+    )
 
     six = several.add_parser("fuzz", help="request bodies of every kind of wrong, through the real frontend")
     six.set_defaults(run=commands["fuzz"])
