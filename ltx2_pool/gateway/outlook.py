@@ -82,7 +82,7 @@ class Outlook:
         self._polls.append(now)
         while now - self._polls[0] > 1:
             self._polls.popleft()
-        return max(1.0, len(self._polls) / POLLS_PER_SECOND * 2)
+        return min(10.0, max(1.0, len(self._polls) / POLLS_PER_SECOND * 2))
 
     async def pool(self) -> dict[str, Any]:
         """The pool for the page: models, shapes with their states, workers with their devices."""

@@ -25,6 +25,8 @@ with extra("gateway"):
     from ltx2_pool.gateway.settings import GatewaySettings
 
 PROGRAM = "ltx2-gateway"
+KEEP_ALIVE = 75
+"""Seconds for which a connection may be idle: longer than clients are told to wait between two looks."""
 GRACE = 5
 """Seconds that answers under way have to end when the gateway is told to stop."""
 
@@ -75,6 +77,7 @@ def _serve(settings: GatewaySettings) -> int:
         log_config=None,
         backlog=4096,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
     )
     server = uvicorn.Server(config)
