@@ -32,40 +32,34 @@ class Content:
 
     async def write(self, path: str, data: bytes) -> Stored:
         """A new file. Until this returns nobody knows its name, so half a file is never read."""
-        await asyncio.to_thread(self._write, path, data)
-        return Stored(path, len(data), hashlib.sha256(data).hexdigest())
+        return await asyncio.to_thread(self._write, path, data)
 
-    def _write(self, path: str, data: bytes) -> None:
+    def _write(self, path: str, data: bytes) -> Stored:
         self._fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
         with self._fs.open(self._full(path), "wb") as file:
             file.write(data)
             file.flush()
             if "file" in self._fs.protocol:  # on the disk before the job is called completed
                 os.fsync(file.fileno())
+        return Stored(path, len(data), hashlib.sha256(data).hexdigest())
 
     async def read(self, path: str, start: int, stop: int) -> AsyncIterator[bytes]:
-        """The bytes from `start` to before `stop`, in pieces."""
-        file = await asyncio.to_thread(self._open, path, start)
-        try:
-            while start < stop:
-                piece = await asyncio.to_thread(file.read, min(PIECE, stop - start))
-                if not piece:
-                    raise OSError(f"{path} ends at byte {start}")
-                start += len(piece)
-                yield piece
-        finally:
-            await asyncio.to_thread(file.close)
+        """Open a file; then its bytes from `start` to before `stop`, in pieces."""
+        file = await asyncio.to_thread(self.open, path, start)
+        return _pieces(file, stop - start)
 
-    def _open(self, path: str, start: int) -> Any:
+    def open(self, path: str, start: int = 0) -> Any:
+        """A file to read in a thread."""
         # Store clients read ahead by megabytes, which is memory for each client; a local file needs none.
         options = {} if "file" in self._fs.protocol else {"block_size": 4 * PIECE}
         file = self._fs.open(self._full(path), "rb", **options)
         file.seek(start)
         return file
 
-    def open(self, path: str) -> Any:
-        """A file to read in a thread."""
-        return self._open(path, 0)
+    def check(self) -> None:
+        """Raise OSError when nothing can be written there."""
+        self._write(f"check/{os.getpid()}", b"")
+        self._remove(f"check/{os.getpid()}")
 
     async def size(self, path: str) -> int | None:
         """Bytes; None when there is no such file."""
@@ -86,3 +80,15 @@ class Content:
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+async def _pieces(file: Any, left: int) -> AsyncIterator[bytes]:
+    try:
+        while left:
+            piece = await asyncio.to_thread(file.read, min(PIECE, left))
+            if not piece:
+                raise OSError("the file is shorter than it was")
+            left -= len(piece)
+            yield piece
+    finally:
+        await asyncio.to_thread(file.close)

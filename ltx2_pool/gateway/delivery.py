@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ltx2_pool.gateway.content import Content
 from ltx2_pool.gateway.errors import ApiError
+from ltx2_pool.gateway.stills import Unreadable
+
+logger = logging.getLogger(__name__)
 
 
 def span(header: str | None, size: int) -> tuple[int, int] | None:
@@ -32,8 +37,8 @@ def span(header: str | None, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def respond(request: Request, content: Content, path: str, size: int, etag: str, media_type: str) -> Response:
-    """The answer to a request for a stored file. Raises ApiError 416."""
+async def respond(request: Request, content: Content, path: str, size: int, etag: str, media_type: str) -> Response:
+    """The answer to a request for a stored file. Raises ApiError 416 and, when the store fails, 503."""
     quoted = f'"{etag}"'
     headers = {"etag": quoted, "accept-ranges": "bytes", "cache-control": "private, max-age=3600"}
     if _matches(request.headers.get("if-none-match"), quoted):
@@ -47,12 +52,20 @@ def respond(request: Request, content: Content, path: str, size: int, etag: str,
     status = 206 if part else 200
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=media_type)
-    return StreamingResponse(_pieces(content, path, start, stop), status, headers, media_type)
+    with reading(path):
+        return StreamingResponse(await content.read(path, start, stop), status, headers, media_type)
 
 
-async def _pieces(content: Content, path: str, start: int, stop: int) -> AsyncIterator[bytes]:
-    async for piece in content.read(path, start, stop):
-        yield piece
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Around what reads from the content store: turns whatever its client throws into ApiError."""
+    try:
+        yield
+    except Unreadable as error:
+        raise ApiError(409, "no picture can be made of this video", code="video_unreadable") from error
+    except Exception as error:
+        logger.error("%s cannot be read: %s: %s", path, type(error).__name__, error)
+        raise ApiError(503, "the video cannot be read now", code="content_unavailable", retry_after=5) from error
 
 
 def _matches(header: str | None, etag: str) -> bool:

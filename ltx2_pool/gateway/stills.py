@@ -17,6 +17,10 @@ TILE = 320
 """Pixels of a tile's longer side, and twice that of the thumbnail's, at most."""
 
 
+class Unreadable(ValueError):
+    """The file is no video."""
+
+
 class Stills:
     """Makes stills, two at a time, and keeps them beside the video."""
 
@@ -66,7 +70,16 @@ def spritesheet(file: Any) -> bytes:
 
 
 def _frames(file: Any, number: int) -> list[Any]:
-    """Up to that many frames as pictures, evenly spread. Raises ValueError for what is no video."""
+    """Up to that many frames as pictures, evenly spread. Raises Unreadable."""
+    import av
+
+    try:
+        return _decoded(file, number)
+    except (av.FFmpegError, IndexError) as error:
+        raise Unreadable(str(error)) from error
+
+
+def _decoded(file: Any, number: int) -> list[Any]:
     import av
 
     with av.open(file) as container:
@@ -80,5 +93,5 @@ def _frames(file: Any, number: int) -> list[Any]:
             if len(found) == len(wanted):
                 break
     if not found:
-        raise ValueError("the video has no frames")
+        raise Unreadable("the video has no frames")
     return found

@@ -64,12 +64,12 @@ class Upstream:
         try:
             async with self._http.stream("POST", "/v1/videos", json=asked) as response:
                 if response.status_code != 200:
-                    raise _meaning(response.status_code, await response.aread())
+                    raise meaning(response.status_code, await response.aread())
                 async for event in _events(response):
                     answer = json.loads(event)
                     error = answer.get("error")
                     if isinstance(error, dict):
-                        raise _meaning(int(error.get("code") or 500), event)
+                        raise meaning(int(error.get("code") or 500), event)
                     if answer.get("status") == "failed":
                         raise Failed("generation_failed", str(error or "the video could not be made"))
                     on_progress(min(99, max(0, int(answer.get("progress") or 0))))
@@ -129,7 +129,7 @@ async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
             pieces.append(piece)
 
 
-def _meaning(status: int, body: bytes) -> Exception:
+def meaning(status: int, body: bytes) -> Exception:
     """What an error of the frontend means for the job."""
     text = message(body)
     if status == 400:

@@ -180,10 +180,11 @@ async def content(request: Request) -> Response:
     if job.status != "completed" or job.content is None:
         raise ApiError(409, f"the video is not ready: it is {job.status}", code="video_not_ready", retry_after=1)
     if variant == "video":
-        return delivery.respond(request, gateway.content, job.content, job.bytes, job.etag, "video/mp4")
+        return await delivery.respond(request, gateway.content, job.content, job.bytes, job.etag, "video/mp4")
     still: stills.Variant = "thumbnail" if variant == "thumbnail" else "spritesheet"
-    path, size = await gateway.stills.of(job.content, still)
-    return delivery.respond(request, gateway.content, path, size, f"{job.etag[:32]}-{still}", stills.TYPES[still])
+    with delivery.reading(job.content):
+        path, size = await gateway.stills.of(job.content, still)
+    return await delivery.respond(request, gateway.content, path, size, f"{job.etag[:32]}-{still}", stills.TYPES[still])
 
 
 async def events(request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import resource
@@ -23,6 +24,7 @@ with extra("gateway"):
     from ltx2_pool.gateway.app import application
     from ltx2_pool.gateway.gateway import Gateway
     from ltx2_pool.gateway.settings import GatewaySettings
+    from ltx2_pool.gateway.store import Store, StoreError
 
 PROGRAM = "ltx2-gateway"
 KEEP_ALIVE = 75
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing := missing_for(settings.content):
             raise SettingsError(missing)
         return _serve(settings)
+    except StoreError as error:
+        print(f"{PROGRAM}: --database (LTX2_GATEWAY_DATABASE): {error}", file=sys.stderr)
+        return 2
     except (MenuError, CheckpointError, SettingsError, OSError, ImportError, ValueError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
@@ -63,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(settings: GatewaySettings) -> int:
     gateway = Gateway(settings)
+    gateway.content.check()
+    asyncio.run(_try_store(settings.database))
     if gateway.keys.are_open:
         logging.warning("no API keys: everybody on this machine may see, make and delete videos")
     config = uvicorn.Config(
@@ -88,6 +95,15 @@ def _serve(settings: GatewaySettings) -> int:
         signal.signal(number, lambda *_: None)
     server.run()
     return 0 if server.started else 1
+
+
+async def _try_store(url: str) -> None:
+    """Say what is wrong with the database before anybody is served. Raises StoreError."""
+    store = Store(url)
+    try:
+        await store.open()
+    finally:
+        await store.close()
 
 
 def _key(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
+import httpx
 import openai
+import psutil
 import pytest
 from PIL import Image
 
-from .conftest import MENU, A, ask, check, wait
+from ltx2_pool.tools import stack
+
+from .conftest import BENCHMARK, MENU, A, alive, ask, check, wait
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client says what becomes of somebody's API
 OFFERED = "ltx2-tiny"
@@ -83,3 +92,38 @@ def test_deleting_a_job_frees_the_gpu(pool, client):
     client.videos.delete(video.id)
     wait(lambda: pool.log("worker").count("cancelled by its client") == before + 1)
     wait(lambda: pool.status()["running"] == 0)
+
+
+def test_load_goes_through_the_jobs_api(url, tmp_path):
+    (tmp_path / "mix").write_text(f"{A.key}: 1\n")
+    options = ["--jobs-api", "--url", url, "--shapes", str(MENU), "--concurrency", "2", "--num-prompts", "3"]
+    options += ["--mix", str(tmp_path / "mix")]
+    command = [*BENCHMARK, "load", *options, "--warm-up", "0", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (level,) = json.loads((tmp_path / "summary.json").read_text())["levels"]
+    assert (level["videos"], level["requests"]) == (3, 3)
+
+
+def test_serve_stays_up_until_ctrl_c_and_leaves_nothing(model, baked, tmp_path):
+    """`make serve`, on the checkpoint and the caches that are there."""
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / model.name).symlink_to(model)
+    shutil.copytree(baked, work / "cache")
+    serve = [sys.executable, "-m", "ltx2_pool.programs.serve", "--work", str(work), "--port", str(stack.free_port())]
+    running = subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert running.stdout is not None
+    try:
+        line = next((line for line in running.stdout if line.startswith("the page")), "")
+        address = line.split()[-1]
+        assert "<title>LTX-2 videos</title>" in httpx.get(address).text
+        assert [model["id"] for model in httpx.get(f"{address}/v1/models").json()["data"]] == [OFFERED]
+        tree = psutil.Process(running.pid).children(recursive=True)
+        assert len(tree) >= 3
+        running.send_signal(signal.SIGINT)
+        said = running.stdout.read()
+        assert (running.wait(60), "stopped" in said) == (0, True), said
+        assert alive(tree) == []
+    finally:
+        running.kill()
