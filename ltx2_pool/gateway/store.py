@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -115,6 +116,8 @@ class Store:
 
     async def open(self) -> None:
         """Make the tables that are not there."""
+        if self._sqlite and not (file := Path(self._engine.url.database or "")).parent.is_dir():
+            raise StoreError(f"{file} cannot be made: {file.parent} is no directory")
         async with self._failing(), self._engine.begin() as connection:
             if not self._sqlite:  # two gateways that start at once
                 await connection.exec_driver_sql("SELECT pg_advisory_lock(4207843)")
