@@ -71,7 +71,7 @@ const ended = (job) => job.status === "completed" || job.status === "failed";
 function draw(card, before) {
   const { job, element } = card;
   const seconds = job.seconds ? `${job.seconds} s` : "";
-  const took = job.completed_at ? `made in ${job.completed_at - job.created_at} s` : "";
+  const took = job.completed_at ? `made in ${job.completed_at - job.created_at || "under 1"} s` : "";
   const shape = job.size.replace("x", " × ");
   element.querySelector(".meta").textContent = [shape, seconds, job.model, took].filter(Boolean).join(" · ");
   const screen = element.querySelector(".screen");
