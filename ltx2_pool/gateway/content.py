@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,9 @@ class Content:
 
     def check(self) -> None:
         """Raise OSError when nothing can be written there."""
-        self._write(f"check/{os.getpid()}", b"")
-        self._remove(f"check/{os.getpid()}")
+        directory = f"check-{uuid.uuid4().hex}"
+        self._write(f"{directory}/file", b"")
+        self._remove(directory)
 
     async def size(self, path: str) -> int | None:
         """Bytes; None when there is no such file."""

@@ -13,7 +13,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -195,7 +195,8 @@ class Dispatcher:
         if job.attempts > self._settings.attempts:
             raise Failed("server_error", f"the video was begun {job.attempts - 1} times, and lost each time")
         if job.attempts > 1:  # what others may have written, and not told anybody
-            await self._content.remove(job.id)
+            with _storing():
+                await self._content.remove(job.id)
         async with asyncio.timeout(max(0, job.left)):
             return await self._maker.make(job.body, on_progress)
 
@@ -220,10 +221,8 @@ class Dispatcher:
         try:
             data = making.result()
             path = f"{job.id}/{work.token}.mp4"
-            try:
+            with _storing():
                 stored = await self._content.write(path, data)
-            except Exception as error:  # whatever a store's client throws
-                raise Lost(f"the video cannot be stored: {type(error).__name__}: {error}") from error
             ours = await self._store.complete(job.id, work.token, path, stored.size, stored.etag, retention)
             if ours:
                 took = time.monotonic() - work.began
@@ -273,6 +272,15 @@ class Dispatcher:
         with contextlib.suppress(StoreError):
             await self._store.give_back(work.job.id, work.token)
         self._sweep_now.set()
+
+
+@contextlib.contextmanager
+def _storing() -> Iterator[None]:
+    """Around what writes to the content store: turns whatever its client throws into Lost."""
+    try:
+        yield
+    except Exception as error:
+        raise Lost(f"the video cannot be stored: {type(error).__name__}: {error}") from error
 
 
 async def _forever(step: Callable[[], object], wake: asyncio.Event, every: float) -> None:

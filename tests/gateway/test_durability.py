@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sqlite3
 from pathlib import Path
@@ -140,6 +141,7 @@ def test_a_job_that_is_lost_again_and_again_fails_and_says_so(make_gateway, own_
     assert (job["status"], job["error"]["code"]) == ("failed", "server_error")
     assert job["error"]["message"].startswith("the video was lost 2 times: the frontend broke off")
     assert len(own_frontend.requests) == 2
+    shutil.rmtree(running.state / "videos")
     (running.state / "videos").write_text("a file where the directory should be")
     job = running.ended(running.create())
     assert "the video cannot be stored" in job["error"]["message"]
