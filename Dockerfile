@@ -12,7 +12,8 @@ FROM ${CUDA_DEVEL} AS build
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
-ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:/usr/local/cuda/bin:${PATH}
+# Bytecode is compiled here: whom the worker runs as cannot write it, and without it each import of FastVideo takes twice as long.
+ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:/usr/local/cuda/bin:${PATH} UV_COMPILE_BYTECODE=1
 WORKDIR /build
 RUN python3 -m venv /opt/venv \
     && pip install --no-cache-dir uv==0.13.9

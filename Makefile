@@ -7,6 +7,9 @@ COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --extra tools --extra gatew
 	--no-emit-index-url --no-header --no-annotate
 INSTALLED := $(VENV)/.installed
 
+# Every process of the demo and the tests imports torch and FastVideo: twice as long where nobody may keep the bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: serve demo test lint unit lock clean
 
 serve: $(INSTALLED)  ## frontend, worker and gateway, and the page at http://127.0.0.1:8080; Ctrl-C ends all of it
@@ -15,8 +18,8 @@ serve: $(INSTALLED)  ## frontend, worker and gateway, and the page at http://127
 demo: $(INSTALLED)  ## four videos through the real frontend, a table and a contact sheet
 	$(RUN) -m ltx2_pool.programs.demo
 
-test: $(INSTALLED) lint  ## the whole suite
-	$(RUN) -m pytest
+test: $(INSTALLED) lint  ## the whole suite, two files of tests at a time
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 unit: $(INSTALLED)  ## only what needs no FastVideo
 	$(RUN) -m pytest tests/unit

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,14 +39,13 @@ from fastvideo.api.schema import (
 from fastvideo.entrypoints.video_generator import VideoGenerator
 from fastvideo.fastvideo_args import FastVideoArgs
 from fastvideo.pipelines import ForwardBatch
-from fastvideo.pipelines.basic.ltx2.stages import ltx2_denoising
 from fastvideo.pipelines.stages import STAGE_2_DISTILLED_SIGMA_VALUES
 from fastvideo.utils import shallow_asdict
 from torch._inductor.codecache import torch_key
 
 from ltx2_pool.model import attention, conditioning, guidance, quantization
 from ltx2_pool.model.decoder import StreamingDecoder, obstacle, planes
-from ltx2_pool.model.denoising import constants_made_once
+from ltx2_pool.model.denoising import OnStep, constants_made_once, steps_told
 from ltx2_pool.model.executor import InProcessExecutor
 from ltx2_pool.model.faults import is_compile_failure as is_compile_failure
 from ltx2_pool.model.faults import is_fatal as is_fatal
@@ -69,15 +68,13 @@ from ltx2_pool.words.requests import Job
 
 OnPhase = Callable[[str], None]
 """Called when a job enters a phase: ``text``, ``denoise``, ``refine`` (of two stages), ``decode``."""
-OnStep = Callable[[int, int], None]
-"""Called before each denoise step with (steps done, steps in all); may raise Cancelled to stop there."""
 
 RECOMPILE_LIMIT = 64
 """torch's limit of 8 compiled variants per code object is below a menu of ten shapes in one process."""
 
 
 class Cancelled(Exception):
-    """Raised by an OnStep hook to stop a generation between two denoise steps."""
+    """Raised by an OnStep hook to stop a generation."""
 
 
 class LoadError(Exception):
@@ -213,9 +210,11 @@ class Generator:
         batch.ltx2_images = conditioning.images(job)
         self._on_phase = on_phase or _ignore
         sizes = Offer(job.shape, refine=job.refine).picture_sizes
-        with _step_hook(on_step, job.steps + job.refine), self._stages(job), conditioning.given(pixels, sizes):
-            output = self._executor.execute_forward(batch, self._args)
-        _synchronize()
+        try:
+            with steps_told(on_step, job.steps + job.refine), self._stages(job), conditioning.given(pixels, sizes):
+                output = self._executor.execute_forward(batch, self._args)
+        finally:
+            _synchronize()
         self._on_phase("decode")
         with torch.no_grad():
             frames = self._frames(output.latents)
@@ -347,35 +346,3 @@ def _with_constants(stage: Any) -> Callable[[ForwardBatch, FastVideoArgs], Forwa
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-class _step_hook:
-    """Calls a hook before each denoise step.
-
-    The loop of FastVideo's LTX2DenoisingStage.forward (pipelines/basic/ltx2/stages/ltx2_denoising.py) is
-    ``for step_index in tqdm(range(...))``, in the base stage and in the refine stage: its iterator is the one place
-    where every step passes.
-    """
-
-    def __init__(self, on_step: OnStep | None, total: int) -> None:
-        self._on_step = on_step
-        self._total = total
-
-    def __enter__(self) -> None:
-        done = itertools.count()
-
-        def steps(iterable: Iterable[int]) -> Iterator[int]:
-            for index in iterable:
-                _synchronize()
-                if self._on_step is not None:
-                    self._on_step(next(done), self._total)
-                yield index
-
-        ltx2_denoising.tqdm = steps
-
-    def __exit__(self, *exc_info: object) -> None:
-        ltx2_denoising.tqdm = _no_progress_bar
-
-
-def _no_progress_bar(iterable: Iterable[int]) -> Iterable[int]:
-    return iterable

@@ -332,7 +332,7 @@ def _kinds(arguments: argparse.Namespace, console: Console) -> int:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     with console.status("writing the tiny checkpoints") as status:
-        outcomes = kinds.run(arguments.work, arguments.out, status.update)
+        outcomes = kinds.run(arguments.work, arguments.out, arguments.only, status.update)
     table = Table("checkpoint", "asked for", "frame to picture dB", "to another dB", "")
     for outcome in outcomes:
         near = [f"{psnr:.1f}" if psnr is not None else "" for psnr in (outcome.psnr, outcome.psnr_other)]

@@ -44,7 +44,7 @@ class Taker(Protocol):
     """What gets the pictures that requests refer to."""
 
     def taken(
-        self, references: Sequence[Reference], sizes: Sequence[Size]
+        self, references: Sequence[Reference], sizes: Sequence[Size], user: str
     ) -> contextlib.AbstractAsyncContextManager[tuple[tuple[Picture, ...], tuple[int, ...]]]: ...
 
 
@@ -180,7 +180,7 @@ class VideoHandler:
             if delivery.stream and isinstance(event, Step):
                 on_step(event)
 
-        async with self._pictures(job, references) as (pictures, pixels):
+        async with self._pictures(job, references, delivery.user) as (pictures, pixels):
             made.job = job = replace(job, pictures=pictures)
             video = await self._pool.generate(job, on_event, user=delivery.user, pixels=pixels)
         # Nothing is awaited between here and deliver(), which owns the file.
@@ -203,7 +203,7 @@ class VideoHandler:
 
     @contextlib.asynccontextmanager
     async def _pictures(
-        self, job: Job, references: tuple[Reference, ...]
+        self, job: Job, references: tuple[Reference, ...], user: str
     ) -> AsyncIterator[tuple[tuple[Picture, ...], tuple[int, ...]]]:
         """The job's pictures. What is wrong with them is counted as what is wrong with any request."""
         if not references or self._intake is None:
@@ -213,7 +213,7 @@ class VideoHandler:
             began = time.monotonic()
             try:
                 sizes = self._menu.offer(job.key).picture_sizes
-                pictures, pixels = await stack.enter_async_context(self._intake.taken(references, sizes))
+                pictures, pixels = await stack.enter_async_context(self._intake.taken(references, sizes, user))
             except PictureError:
                 self._metrics.rejections.labels("invalid").inc()
                 raise

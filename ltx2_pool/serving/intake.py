@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import os
@@ -15,6 +16,8 @@ from ltx2_pool.words.requests import Reference
 
 AT_ONCE = 32
 """Requests whose pictures are under way: each holds as many bytes as a picture may have, or two."""
+PER_USER = AT_ONCE * 3 // 4
+"""Of one user, so that nobody keeps all others out; the same share as of the pool's queue."""
 BUSY_SECONDS = 5.0
 """After how long a client may ask again, when too many pictures wait to be decoded."""
 
@@ -25,7 +28,8 @@ class Intake:
     def __init__(self, reader: PictureReader, limits: PictureLimits) -> None:
         self._reader = reader
         self._limits = limits
-        self._under_way = 0
+        self._under_way: collections.Counter[str] = collections.Counter()
+        """By user."""
 
     @property
     def pid(self) -> int | None:
@@ -38,20 +42,22 @@ class Intake:
 
     @contextlib.asynccontextmanager
     async def taken(
-        self, references: Sequence[Reference], sizes: Sequence[Size]
+        self, references: Sequence[Reference], sizes: Sequence[Size], user: str
     ) -> AsyncIterator[tuple[tuple[Picture, ...], tuple[int, ...]]]:
         """The pictures, and descriptors of their pixels at those sizes, which are open for as long as this is entered.
 
         Raises PictureError; QueueFull when too many wait already; NoRoom when this machine has none for it.
         """
-        if self._under_way >= AT_ONCE:
-            raise QueueFull("picture_queue_full", self._under_way, BUSY_SECONDS)
+        if (waiting := self._under_way.total()) >= AT_ONCE:
+            raise QueueFull("picture_queue_full", waiting, BUSY_SECONDS)
+        if (of_user := self._under_way[user]) >= PER_USER:
+            raise QueueFull("user_queue_full", of_user, BUSY_SECONDS)
         with contextlib.ExitStack() as descriptors:
-            self._under_way += 1
+            self._under_way[user] += 1
             try:
                 taken = [await self._take(reference, sizes, descriptors) for reference in references]
             finally:
-                self._under_way -= 1
+                self._under_way -= collections.Counter((user,))  # and forget whom nothing is left of
             yield tuple(picture for picture, _ in taken), tuple(pixels for _, pixels in taken)
 
     async def _take(
@@ -61,7 +67,7 @@ class Intake:
         try:
             pixels = await self._reader.read(data, tuple(sizes))
         except PicturesBusy as busy:
-            raise QueueFull("picture_queue_full", self._under_way, BUSY_SECONDS) from busy
+            raise QueueFull("picture_queue_full", self._under_way.total(), BUSY_SECONDS) from busy
         except OSError as error:
             raise NoRoom(f"pictures cannot be decoded now: {error}") from error
         descriptors.callback(os.close, pixels)

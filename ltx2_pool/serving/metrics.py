@@ -50,7 +50,7 @@ class Metrics:
         )
         self.phase = self._histogram(
             "ltx2_pool_phase_seconds",
-            "Parts of a job: queue, text, denoise, decode, encode, respond",
+            "Parts of a job: pictures, queue, text, denoise, refine, decode, encode, respond",
             PHASE_BUCKETS,
             "shape_key",
             "phase",

@@ -10,20 +10,26 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 
 from ltx2_pool.processes.guard import Guard
+from ltx2_pool.words.checkpoint import Kind, Version
 from ltx2_pool.words.menu import Menu
 
 TINY_MENU = Path(__file__).with_name("tiny.yaml")
 """Three shapes that a CPU makes in seconds with the tiny checkpoint."""
 WORKER = (sys.executable, "-m", "ltx2_pool.programs.worker")
 GATEWAY = (sys.executable, "-m", "ltx2_pool.programs.gateway")
+CHECKPOINTS: dict[str, tuple[Kind, Version]] = {
+    f"{version}-{kind}": (kind, version) for version in get_args(Version) for kind in ("distilled", "base")
+}
+"""Every kind of tiny checkpoint that :func:`checkpoint` writes, by a short name."""
 _POLL = 0.05
 
 
@@ -31,7 +37,7 @@ class StackError(Exception):
     """The stack did not come up. The message ends with the log's last lines."""
 
 
-def checkpoint(work: Path, kind: str = "distilled", version: str = "2.0") -> Path:
+def checkpoint(work: Path, kind: Kind = "distilled", version: Version = "2.0") -> Path:
     """A tiny checkpoint, written once for this version of :mod:`ltx2_pool.tools.tiny`. Raises CalledProcessError."""
     source = b"".join(
         Path(__file__).with_name(name).read_bytes()
@@ -41,14 +47,22 @@ def checkpoint(work: Path, kind: str = "distilled", version: str = "2.0") -> Pat
     directory = work / f"{name}-{hashlib.sha256(source).hexdigest()[:8]}"
     if not directory.exists():
         environment = {**os.environ, "FASTVIDEO_LOGGING_LEVEL": "ERROR"}
-        subprocess.run(
-            [sys.executable, "-m", "ltx2_pool.tools.tiny", str(directory), "--kind", kind, "--version", version],
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
+        work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=work) as unfinished:
+            written = Path(unfinished) / "checkpoint"
+            subprocess.run(
+                [sys.executable, "-m", "ltx2_pool.tools.tiny", str(written), "--kind", kind, "--version", version],
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+            try:
+                written.rename(directory)
+            except OSError:
+                if not directory.exists():  # else somebody was faster
+                    raise
     return directory
 
 

@@ -116,18 +116,18 @@ class Job:
 
 
 def warm_up(menu: Menu, offer: Offer) -> tuple[Job, ...]:
-    """The videos that make a process of this offer hot: by the menu's parameters, and thrown away.
+    """The videos that make a process of this offer hot, and are thrown away.
 
-    Another one starts from a picture where that is offered: its time step is one for each token in place of one for
-    all, so that the transformer is compiled for it apart (FastVideo pipelines/basic/ltx2/stages/ltx2_denoising.py). One
-    step meets all of it; a black picture does.
+    One step meets all that is compiled, and takes the least from the jobs beside it. Another video starts from a
+    picture where that is offered: its time step is one for each token in place of one for all, so that the transformer
+    is compiled for it apart (FastVideo pipelines/basic/ltx2/stages/ltx2_denoising.py); a black picture does.
     """
     text = Job(
         id="warm-up",
         shape=offer.shape,
         prompt="a warm-up",
         seed=menu.seed,
-        steps=menu.steps,
+        steps=1,
         guidance=menu.guidance,
         fps=menu.fps,
         variant=offer.variant,
@@ -135,7 +135,7 @@ def warm_up(menu: Menu, offer: Offer) -> tuple[Job, ...]:
     )
     if not offer.image:
         return (text,)
-    return text, replace(text, steps=1, pictures=(Picture(digest=""),))
+    return text, replace(text, pictures=(Picture(digest=""),))
 
 
 def _sha256(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import TypeVar
 import httpx
 import psutil
 import pytest
+from filelock import FileLock
 
 from ltx2_pool.model import mp4
 from ltx2_pool.model.mp4 import VideoInfo
@@ -51,7 +52,8 @@ def baked(model: Path) -> Path:
     """The tiny menu's caches, baked once by ltx2-warmup and kept for the next run."""
     root = WORK / "baked"
     options = {"--shapes": MENU, "--model": model, "--cache-root": root, "--jobs": 2}
-    subprocess.run([*WARMUP, *(str(part) for option in options.items() for part in option)], check=True)
+    with FileLock(WORK / "baked.lock"):  # of the processes of pytest-xdist, one bakes
+        subprocess.run([*WARMUP, *(str(part) for option in options.items() for part in option)], check=True)
     return root
 
 

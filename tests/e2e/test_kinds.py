@@ -23,19 +23,15 @@ variants:
 
 
 @pytest.mark.timeout(420)
-def test_every_kind_of_checkpoint_makes_what_is_asked_of_it(tmp_path: Path) -> None:
-    command = [*BENCHMARK, "--work", str(WORK), "kinds", "--out", str(tmp_path)]
+def test_a_checkpoint_makes_what_is_asked_of_it(tmp_path: Path) -> None:
+    """Both kinds and both versions, in two of the four checkpoints: each is a worker to start."""
+    command = [*BENCHMARK, "--work", str(WORK), "kinds", "--only", "2.0-distilled", "2.3-base", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads((tmp_path / "kinds.json").read_text())
-    assert {o["checkpoint"] for o in outcomes} == {
-        "LTX-2.0, distilled",
-        "LTX-2.0, base",
-        "LTX-2.3, distilled",
-        "LTX-2.3, base",
-    }
+    assert {o["checkpoint"] for o in outcomes} == {"LTX-2.0, distilled", "LTX-2.3, base"}
     of_pictures = [o for o in outcomes if o["psnr"] is not None]
-    assert len(of_pictures) == 9
+    assert len(of_pictures) == 7
     assert all(o["psnr"] >= o["psnr_other"] + 8 for o in of_pictures)
     assert (tmp_path / "kinds.png").stat().st_size > 100_000
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import hashlib
 import json
 import os
@@ -79,8 +78,7 @@ class Run:
                 process = host.process(Key(shape))
                 try:
                     videos = requests.warm_up(self.menu, self.menu.offer(Key(shape)))
-                    one_step = tuple(dataclasses.replace(video, steps=1) for video in videos)
-                    readies[shape] = await host.start_process(process, one_step)
+                    readies[shape] = await host.start_process(process, videos)
                 finally:
                     process.kill()
                     await process.exited()

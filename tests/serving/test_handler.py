@@ -33,7 +33,7 @@ class MadeUpIntake:
         self.hang = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def taken(self, references, sizes):
+    async def taken(self, references, sizes, _user):
         self.sizes = sizes
         with contextlib.ExitStack() as closing:
             pictures, pixels = [], []

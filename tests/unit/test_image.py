@@ -95,6 +95,10 @@ def test_it_does_not_run_as_root_and_sets_only_settings_that_exist():
     assert names - known == {"DYN_SYSTEM_PORT"}
 
 
+def test_its_bytecode_is_compiled_because_its_user_cannot_write_it():
+    assert "UV_COMPILE_BYTECODE=1" in next(i.text for i in stage("build").instructions if i.keyword == "ENV")
+
+
 def test_the_programs_are_console_scripts_that_the_package_has():
     text = DOCKERFILE.read_text()
     assert [step.text for step in stage("runtime").instructions if step.keyword == "CMD"] == ['["ltx2-worker"]']

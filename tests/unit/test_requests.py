@@ -270,9 +270,9 @@ def test_no_two_jobs_of_different_videos_have_one_comment(change):
 @pytest.mark.parametrize("offer", VARIANTS.offers, ids=lambda offer: str(offer.key))
 def test_a_warm_up_is_by_the_menus_parameters_and_meets_a_picture_where_one_may_come(offer):
     text, *rest = warm_up(VARIANTS, offer)
-    assert (text.key, text.refine, text.steps, text.guidance, text.fps) == (offer.key, offer.refine, 4, 1.0, 24)
+    assert (text.key, text.refine, text.steps, text.guidance, text.fps) == (offer.key, offer.refine, 1, 1.0, 24)
     assert not text.pictures
-    assert rest == ([replace(text, steps=1, pictures=(Picture(""),))] if offer.image else [])
+    assert rest == ([replace(text, pictures=(Picture(""),))] if offer.image else [])
 
 
 def test_unknown_nvext_fields_are_ignored_as_dynamo_does():

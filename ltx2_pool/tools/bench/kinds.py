@@ -10,7 +10,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,6 @@ from ltx2_pool.words.checkpoint import Kind, Version
 from ltx2_pool.words.menu import Menu
 
 MENU = Path(__file__).parents[1] / "kinds.yaml"
-CHECKPOINTS: tuple[tuple[Kind, Version], ...] = (
-    ("distilled", "2.0"),
-    ("base", "2.0"),
-    ("distilled", "2.3"),
-    ("base", "2.3"),
-)
 LEAST_PSNR = 20.0
 """dB of a frame to the picture that it is to be, less than which is another picture."""
 LEAST_MARGIN = 8.0
@@ -127,19 +121,20 @@ def cases(kind: Kind, version: Version) -> Iterator[Case]:
     yield Case("quantized", {"model": "ltx2-tiny-fast", "size": "64x64"})
 
 
-def run(work: Path, out: Path, on_case: Callable[[str], None], **settings: str) -> list[Outcome]:
-    """Serve each checkpoint and ask for everything; writes a contact sheet and kinds.json to `out`.
+def run(work: Path, out: Path, checkpoints: Iterable[str], on_case: Callable[[str], None]) -> list[Outcome]:
+    """Serve each of :data:`stack.CHECKPOINTS` that is named, and ask for everything.
 
-    `settings` are environment variables of the worker. Raises StackError, OSError.
+    Writes a contact sheet and kinds.json to `out`. Raises StackError, OSError.
     """
     outcomes: list[Outcome] = []
     rows: list[tuple[str, bytes]] = []
-    for kind, version in CHECKPOINTS:
+    environment = {"LTX2_POOL_MODE": "1", "LTX2_COMPILE": "0", "LTX2_POOL_WARM": "0"}
+    for short in checkpoints:
+        kind, version = stack.CHECKPOINTS[short]
         name = f"LTX-{version}, {kind}"
         on_case(f"{name}: starting")
         model = stack.checkpoint(work, kind, version)
-        environment = {"LTX2_POOL_MODE": "1", "LTX2_COMPILE": "0", "LTX2_POOL_WARM": "0", **settings}
-        with stack.Stack(out / "logs" / f"{version}-{kind}", model, MENU, work / "cache", **environment) as running:
+        with stack.Stack(out / "logs" / short, model, MENU, work / "cache", **environment) as running:
             for case in cases(kind, version):
                 on_case(f"{name}: {case.name}")
                 outcome, data = _one(running, name, version, case)

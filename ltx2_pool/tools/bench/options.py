@@ -135,6 +135,14 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     )
     kinds.set_defaults(run=commands["kinds"])
     kinds.add_argument("--out", type=Path, default=Path("kinds-out"), metavar="DIR", help="[%(default)s]")
+    kinds.add_argument(
+        "--only",
+        nargs="+",
+        choices=tuple(stack.CHECKPOINTS),
+        default=tuple(stack.CHECKPOINTS),
+        metavar="CHECKPOINT",
+        help=f"of {', '.join(stack.CHECKPOINTS)} [all]",
+    )
 
     hostile = several.add_parser(
         "pictures", help="pictures and URLs that were made to break things, through a frontend"

@@ -134,6 +134,7 @@ def through(running: Stack, count: int, seed: int, on_answer: Callable[[], None]
     before_pids = _pids(running)
     taking = threading.Lock()
     held: list[int] = []
+    marks = [count * tenths // 10 for tenths in range(1, 10)]
 
     def some() -> None:
         while True:
@@ -153,14 +154,15 @@ def through(running: Stack, count: int, seed: int, on_answer: Callable[[], None]
             else:
                 unexpected.append(f"{one.name}: {answer.status_code} {answer.text[:200]}")
             on_answer()
-            if len(accepted) + sum(refused.values()) == int(count * _WARM):
+            if len(accepted) + sum(refused.values()) in marks:
                 held.append(_worker_bytes(running))
 
     began = time.monotonic()
     with ThreadPoolExecutor(2 * AT_ONCE) as threads:
         for thread in [threads.submit(some) for _ in range(2 * AT_ONCE)]:
             thread.result()
-    growth = _worker_bytes(running) - held[0] if held else 0
+    held.append(_worker_bytes(running))
+    growth = held[-1] - held[len(held) // 2]
     if growth > _FLAT:
         unexpected.append(f"the worker's memory grew by {growth >> 20} MiB")
     if _pids(running) != before_pids:
@@ -173,6 +175,7 @@ def through(running: Stack, count: int, seed: int, on_answer: Callable[[], None]
         "refused": dict(refused.most_common()),
         "unexpected": unexpected,
         "growth": {"worker bytes": growth},
+        "worker MiB along the way": [bytes_ >> 20 for bytes_ in held],
     }
 
 
