@@ -76,8 +76,8 @@ class Create(BaseModel):
     @field_validator("prompt", "model", "size", "user", "output_format")
     @classmethod
     def _is_text(cls, value: str | None) -> str | None:
-        """No database holds these."""
-        if value is not None and ("\0" in value or any(0xD800 <= ord(char) <= 0xDFFF for char in value)):
+        """No database holds them."""
+        if value is not None and "\0" in value:
             raise ValueError("has characters that are not text")
         return value
 
@@ -179,6 +179,10 @@ def create(fields: Mapping[str, Any], max_prompt_chars: int) -> Create:
         where = ".".join(str(part) for part in first["loc"][:2])
         what = "unknown field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise ApiError(400, f"{ascii(where[:80])[1:-1]}: {what}", param=where[:80]) from error
+    try:
+        json.dumps(asked.body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise ApiError(400, "the request has characters that are not text") from error
     if len(asked.prompt) > max_prompt_chars:
         text = f"prompt has {len(asked.prompt)} characters; at most {max_prompt_chars} are allowed"
         raise ApiError(400, text, param="prompt")

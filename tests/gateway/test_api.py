@@ -65,13 +65,15 @@ def test_a_form_with_a_picture_becomes_a_data_url(gateway, frontend):
         ({"prompt": "x", "n": 2}, "n: unknown field"),
         ({"prompt": "x", "nvext": {"sneed": 2}}, "nvext.sneed: unknown field"),
         ({"prompt": "x\0"}, "prompt: has characters that are not text"),
+        ({"prompt": "x", "nvext": {"negative_prompt": "\ud800"}}, "characters that are not text"),
         ({"prompt": "x" * 4001}, "prompt has 4001 characters; at most 4000"),
         ({"prompt": "x", "response_format": "b64_json"}, "send the header x-ltx2-synchronous: 1"),
         ([], "the request must be a JSON object"),
     ],
 )
 def test_a_mistake_is_a_400_that_says_what_to_do(gateway, fields, said):
-    answer = gateway.client.post("/v1/videos", json=fields)
+    json_ascii = {"content": json.dumps(fields), "headers": {"content-type": "application/json"}}
+    answer = gateway.client.post("/v1/videos", **json_ascii)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
     assert said in answer.json()["error"]["message"]
 

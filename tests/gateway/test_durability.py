@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,3 +194,21 @@ def test_another_gateways_job_can_be_cancelled_and_watched(make_gateway, own_fro
         other.client.delete(f"/v1/videos/{id}")
         assert "event: deleted" in list(lines)
     wait(lambda: own_frontend.cancelled == 1)
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ltx2_pool.programs.benchmark", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_a_little_chaos():
+    """`benchmark.py chaos --gateway` with the real frontend; 200 jobs take a minute."""
+    done = benchmark("chaos", "--gateway", "--jobs", "15", "--seed", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ended in: its video" in done.stdout
+
+
+def test_a_little_polling():
+    done = benchmark("polling", "--clients", "20", "--duration", "2", "--max-ratio", "100000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "p99 of 20 clients over p50 of one" in done.stdout
