@@ -200,9 +200,9 @@ async def _store_error(request: Request, error: Exception) -> Response:
 
 _VIDEO = "/v1/videos/{id}"
 ROUTES = [
+    Route(_VIDEO, videos.retrieve, methods=["GET"]),
     Route("/v1/videos", videos.create, methods=["POST"]),
     Route("/v1/videos", videos.listing, methods=["GET"]),
-    Route(_VIDEO, videos.retrieve, methods=["GET"]),
     Route(_VIDEO, videos.remove, methods=["DELETE"]),
     Route(f"{_VIDEO}/content", videos.content, methods=["GET"]),
     Route(f"{_VIDEO}/events", videos.events, methods=["GET"]),

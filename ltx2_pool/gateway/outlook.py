@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,8 +18,8 @@ FRESH = 1.0
 """Seconds for which an answer of the frontend or of the workers is good."""
 UNKNOWN_WAIT = 5.0
 """Seconds to tell a client when nobody knows better."""
-POLLS_PER_SECOND = 400
-"""Above so many status calls a second, clients that listen are told to ask less often."""
+POLLS_PER_SECOND = 100
+"""Above so many status calls a second, clients that listen are told to ask less often than once a second."""
 _ORDER = ("unavailable", "cold", "draining", "loading", "spawning", "encoding", "generating", "ready")
 """States of a shape's process, the best last: what is shown of several workers."""
 
@@ -46,7 +47,7 @@ class Outlook:
         self._upstream, self._menu, self._concurrency = upstream, menu, concurrency
         self._models = _Cached[list[dict[str, Any]]](self._ask_models, [])
         self._statuses = _Cached[list[dict[str, Any]]](upstream.statuses, [])
-        self._polls: deque[float] = deque(maxlen=4 * POLLS_PER_SECOND)
+        self._polls: deque[float] = deque(maxlen=10 * POLLS_PER_SECOND)
         self._default = menu.model if menu is not None else ""
 
     async def models(self) -> list[dict[str, Any]]:
@@ -76,13 +77,15 @@ class Outlook:
         here = queued * typical / self._concurrency
         return min(said) + here if said else here or UNKNOWN_WAIT
 
-    def poll_after(self) -> float:
-        """Seconds after which a client that asks for a job's status should ask again."""
+    def poll_after(self, typical: float) -> float:
+        """Seconds after which a client that asks for a job's status should ask again; a job takes `typical` seconds."""
         now = time.monotonic()
         self._polls.append(now)
         while now - self._polls[0] > 1:
             self._polls.popleft()
-        return min(10.0, max(1.0, len(self._polls) / POLLS_PER_SECOND * 2))
+        # At random, so that those who came together do not come together again.
+        usual = min(1.0, max(0.25, typical / 4)) if typical else 1.0
+        return min(10.0, max(usual, len(self._polls) / POLLS_PER_SECOND)) * random.uniform(1, 1.5)
 
     async def pool(self) -> dict[str, Any]:
         """The pool for the page: models, shapes with their states, workers with their devices."""

@@ -346,4 +346,4 @@ def _count(condition: ColumnElement[bool]) -> ScalarSelect[int]:
 
 
 def _job(row: Any) -> Job:
-    return Job(**{column.name: getattr(row, column.name) for column in _SEEN})
+    return Job(*row[: len(_SEEN)])

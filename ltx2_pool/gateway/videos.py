@@ -127,7 +127,7 @@ def _answer(gateway: Gateway, job: Job) -> Response:
     """A job; OpenAI's client waits between two looks for as long as the header says."""
     headers = {"cache-control": "no-store"}
     if job.status not in ENDED:
-        headers["openai-poll-after-ms"] = str(int(1000 * gateway.outlook.poll_after()))
+        headers["openai-poll-after-ms"] = str(int(1000 * gateway.outlook.poll_after(gateway.dispatcher.typical)))
     return JSONResponse(job.view, headers=headers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -81,6 +82,7 @@ def _serve(settings: GatewaySettings) -> int:
         ws="none",
         lifespan="on",
         access_log=False,
+        proxy_headers=False,
         log_config=None,
         backlog=4096,
         server_header=False,
@@ -93,6 +95,8 @@ def _serve(settings: GatewaySettings) -> int:
         signal.SIGINT,
     ):  # uvicorn sends itself again what has ended it: told to stop is no fault
         signal.signal(number, lambda *_: None)
+    gc.collect()
+    gc.freeze()  # what is there now stays: the collector need not look at it while clients wait
     server.run()
     return 0 if server.started else 1
 

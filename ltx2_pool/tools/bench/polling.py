@@ -71,7 +71,7 @@ async def _poll(url: str, pid: int, clients: int, seconds: float) -> Result:
 
     async def client(id: str) -> None:
         """As OpenAI's: it asks again when the gateway says."""
-        await asyncio.sleep(random.uniform(0, min(3, seconds / 4)))
+        await asyncio.sleep(random.uniform(0, min(5, seconds / 4)))
         mine = await _Client.connect(url, id)
         try:
             while time.monotonic() < until:
