@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="checkpoint (default: a tiny one, written on first use)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started is stopped
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored in what it starts behind itself
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     console = terminal.console()
     logs = Path(tempfile.mkdtemp(prefix="ltx2-serve-"))
     try:
