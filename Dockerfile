@@ -46,16 +46,16 @@ FROM ${CUDA_BASE} AS runtime
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev tini \
     && rm -rf /var/lib/apt/lists/*
-# /discovery: for DYN_FILE_KV on a volume that worker and frontend share.
+# /discovery: for DYN_FILE_KV on a volume that worker and frontend share; /state: for the gateway's jobs and videos.
 RUN useradd --uid 10001 --create-home ltx2 \
-    && install --directory --owner ltx2 --group ltx2 /cache /discovery
+    && install --directory --owner ltx2 --group ltx2 /cache /discovery /state
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /opt/ltx2-pool
 COPY shapes.yaml deploy/entrypoint.sh ./
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:${PATH} PYTHONUNBUFFERED=1 \
     LTX2_MODEL=/model LTX2_CACHE_ROOT=/cache LTX2_POOL_MODE=1 DYN_SYSTEM_PORT=9090
 USER 10001:10001
-EXPOSE 8000 9090
+EXPOSE 8000 8080 9090
 HEALTHCHECK --interval=10s --timeout=6s --start-period=20m \
     CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"DYN_SYSTEM_PORT\"]}/health', timeout=5)"]
 ENTRYPOINT ["tini", "--", "/opt/ltx2-pool/entrypoint.sh"]

@@ -3,14 +3,17 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
 RUN := $(VENV)/bin/python
-COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --extra tools --extra s3 --universal --python-version 3.11 \
+COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --extra tools --extra gateway --extra s3 --universal --python-version 3.11 \
 	--no-emit-index-url --no-header --no-annotate
 INSTALLED := $(VENV)/.installed
 
 # Every process of the demo and the tests imports torch and FastVideo: twice as long where nobody may keep the bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint unit lock clean
+.PHONY: serve demo test lint unit lock clean
+
+serve: $(INSTALLED)  ## frontend, worker and gateway, and the page at http://127.0.0.1:8080; Ctrl-C ends all of it
+	$(RUN) -m ltx2_pool.programs.serve
 
 demo: $(INSTALLED)  ## four videos through the real frontend, a table and a contact sheet
 	$(RUN) -m ltx2_pool.programs.demo

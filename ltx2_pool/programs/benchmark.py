@@ -34,7 +34,7 @@ with extra("tools"):
 
     from ltx2_pool.tools import stack, terminal
     from ltx2_pool.tools.bench import advice, compare, hostile, image, load, options, rivals, stock
-    from ltx2_pool.tools.bench.client import Client, Watch
+    from ltx2_pool.tools.bench.client import Client, JobsClient, Watch
     from ltx2_pool.tools.bench.results import Level, Result
 
 PROGRAM = Path(sys.argv[0]).name
@@ -52,6 +52,7 @@ def main() -> int:
         "fuzz": _fuzz,
         "kinds": _kinds,
         "pictures": _pictures,
+        "polling": _polling,
         "menu-report": _menu_report,
     }
     arguments = options.parser(PROGRAM, __doc__ or "", commands).parse_args()
@@ -95,7 +96,10 @@ def _frontend(arguments: argparse.Namespace, console: Console, **settings: str) 
             running = cleanup.enter_context(
                 stack.Stack(Path(logs), model, arguments.shapes, _cache_root(arguments), LTX2_POOL_MODE="1", **settings)
             )
-        yield f"http://127.0.0.1:{running.http_port}", f"http://127.0.0.1:{running.system_port}"
+        url = f"http://127.0.0.1:{running.http_port}"
+        if getattr(arguments, "jobs_api", False):
+            url = running.start_gateway(Path(logs) / "gateway", "--shapes", str(arguments.shapes))
+        yield url, f"http://127.0.0.1:{running.system_port}"
 
 
 def _load(arguments: argparse.Namespace, console: Console) -> int:
@@ -136,7 +140,8 @@ async def _push(
     console: Console,
 ) -> tuple[list[Result], dict[str, Any]]:
     """Warm up, then one level after the other, with a progress bar."""
-    async with Client(url, menu) as client, Watch(status_url) as watch:
+    kind = JobsClient if arguments.jobs_api else Client
+    async with kind(url, menu) as client, Watch(status_url) as watch:
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
             bar = progress.add_task("warm-up", total=arguments.warm_up * len(shares))
             for shape in shares:
@@ -251,9 +256,32 @@ def _spawn(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _polling(arguments: argparse.Namespace, console: Console) -> int:
+    from ltx2_pool.tools.bench import polling
+
+    with console.status(f"{arguments.clients} clients poll"):
+        result = polling.run(arguments.clients, arguments.duration)
+    polling.show(result, console)
+    return 1 if result.wrong or result.ratio > arguments.max_ratio else 0
+
+
+def _chaos_of_gateways(arguments: argparse.Namespace, console: Console) -> int:
+    from ltx2_pool.tools.bench import jobschaos
+
+    with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as work, Progress(console=console) as progress:
+        bar = progress.add_task("jobs", total=arguments.jobs)
+        record = jobschaos.run(
+            Path(work), arguments.jobs, arguments.seed, arguments.postgresql, lambda: progress.advance(bar)
+        )
+    jobschaos.show(record, console)
+    return 1 if record.problems else 0
+
+
 def _chaos(arguments: argparse.Namespace, console: Console) -> int:
     from ltx2_pool.tools.bench import chaos, faults, worlds
 
+    if arguments.gateway:
+        return _chaos_of_gateways(arguments, console)
     menu = Menu.load(arguments.shapes)
     logging.getLogger("ltx2_pool").addHandler(logging.NullHandler())  # a line for each fault would hide the ledger
     kinds: tuple[faults.Fault, ...] = (*faults.OF_PROCESSES, *faults.OF_THE_MACHINE)

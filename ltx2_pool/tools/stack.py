@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from ltx2_pool.words.menu import Menu
 TINY_MENU = Path(__file__).with_name("tiny.yaml")
 """Three shapes that a CPU makes in seconds with the tiny checkpoint."""
 WORKER = (sys.executable, "-m", "ltx2_pool.programs.worker")
+GATEWAY = (sys.executable, "-m", "ltx2_pool.programs.gateway")
 CHECKPOINTS: dict[str, tuple[Kind, Version]] = {
     f"{version}-{kind}": (kind, version) for version in get_args(Version) for kind in ("distilled", "base")
 }
@@ -113,6 +114,8 @@ class Stack:
         }
         self.frontend: subprocess.Popen[bytes] | None = None
         self.worker: subprocess.Popen[bytes] | None = None
+        self.gateways: dict[int, subprocess.Popen[bytes]] = {}
+        """By port."""
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=600)
         self._guard = Guard()
 
@@ -143,6 +146,23 @@ class Stack:
             [*self._program, *arguments],
             {"DYN_SYSTEM_PORT": str(self.system_port), "DYN_SYSTEM_HOST": "127.0.0.1"},
         )
+
+    def start_gateway(self, state: Path, *arguments: str, port: int | None = None) -> str:
+        """A gateway that keeps its jobs and videos in a directory; returns its URL, where it answers by now."""
+        state.mkdir(parents=True, exist_ok=True)
+        port = port or free_port()
+        options = {
+            "--frontend": f"http://127.0.0.1:{self.http_port}",
+            "--workers": f"http://127.0.0.1:{self.system_port}",
+            "--port": str(port),
+            "--database": f"sqlite+aiosqlite:///{state.resolve()}/jobs.sqlite",
+            "--content": f"file://{state.resolve()}/videos",
+        }
+        command = [*GATEWAY, *(part for option in options.items() for part in option), *arguments]
+        self.gateways[port] = self._start("gateway", command)
+        url = f"http://127.0.0.1:{port}"
+        await_answer(f"{url}/health", self.gateways[port], lambda: self.log_tail("gateway"))
+        return url
 
     def _start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
@@ -206,15 +226,33 @@ class Stack:
         """SIGTERM, then SIGKILL after the timeout; returns the exit status."""
         return _stop(self.worker, timeout)
 
+    def stop_gateways(self, timeout: float = 90) -> list[int]:
+        """SIGTERM, then SIGKILL after the timeout; returns the exit statuses."""
+        return [_stop(gateway, timeout) for gateway in self.gateways.values()]
+
     def close(self) -> None:
         """Stop everything that was started."""
+        self.stop_gateways()
         _stop(self.worker, 60)
         _stop(self.frontend, 20)
         self.client.close()
-        for process in (self.worker, self.frontend):
+        for process in (self.worker, self.frontend, *self.gateways.values()):
             if process is not None:
                 self._guard.forget(process.pid)
         self._guard.close()
+
+
+def await_answer(url: str, process: subprocess.Popen[bytes], log: Callable[[], str], timeout: float = 60) -> None:
+    """Wait until a program answers 200 there. Raises StackError."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise StackError(f"the program for {url} ended with status {process.returncode}\n{log()}")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        time.sleep(_POLL)
+    raise StackError(f"{url} did not answer within {timeout:g} s\n{log()}")
 
 
 def _stop(process: subprocess.Popen[bytes] | None, timeout: float) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ltx2_pool.words.settings import Settings, SettingsError
 
@@ -24,19 +24,24 @@ STARTING = ("spawn", "weights")
 """The settings that decide how a shape process starts; they change no key and no byte."""
 
 
-def spelling(name: str) -> tuple[str, str | None]:
+S = TypeVar("S", bound=BaseModel)
+
+
+def spelling(name: str, of: type[BaseModel] = Settings) -> tuple[str, str | None]:
     """The environment variable and the flag of a setting; None without a flag."""
-    extra = Settings.model_fields[name].json_schema_extra
+    extra = of.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     flag = extra["flag"]
     return str(extra["env"]), str(flag) if flag else None
 
 
-def argument_parser(prog: str, description: str, only: Collection[str] = ()) -> argparse.ArgumentParser:
+def argument_parser(
+    prog: str, description: str, only: Collection[str] = (), of: type[BaseModel] = Settings
+) -> argparse.ArgumentParser:
     """A parser with one flag for each setting (of `only`, when given); its help names the variable and the default."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
-    for name, field in Settings.model_fields.items():
-        env, flag = spelling(name)
+    for name, field in of.model_fields.items():
+        env, flag = spelling(name, of)
         if flag is None or (only and name not in only):
             continue
         default = "" if field.default is None else f"; default {_shown(field.default)}"
@@ -56,21 +61,28 @@ def _shown(value: object) -> str:
 
 
 def load(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """The worker's settings. Raises SettingsError with the first setting that is wrong."""
+    if not (getattr(arguments, "model", None) or environ.get("LTX2_MODEL")):
+        raise SettingsError("--model (LTX2_MODEL) is required: the directory of an LTX-2 checkpoint")
+    return merge(arguments, environ, Settings)
+
+
+def merge(arguments: argparse.Namespace, environ: Mapping[str, str], of: type[S]) -> S:
     """Merge flags over environment. Raises SettingsError with the first setting that is wrong."""
     values: dict[str, Any] = {}
-    for name in Settings.model_fields:
-        env, _ = spelling(name)
+    for name in of.model_fields:
+        env, _ = spelling(name, of)
         given = getattr(arguments, name, None)
         if given is not None:
             values[name] = given
         elif environ.get(env):
             values[name] = environ[env]
-    if not values.get("model"):
-        raise SettingsError("--model (LTX2_MODEL) is required: the directory of an LTX-2 checkpoint")
     try:
-        return Settings.model_validate(values)
+        return of.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        env, flag = spelling(str(first["loc"][0]))
+        if not first["loc"]:  # about settings that do not go together
+            raise SettingsError(first["msg"].removeprefix("Value error, ")) from error
+        env, flag = spelling(str(first["loc"][0]), of)
         spelled = f"{flag} ({env})" if flag else env
         raise SettingsError(f"{spelled}: {first['msg']}, not {first['input']!r}") from error

@@ -16,7 +16,7 @@ from ltx2_pool.words.recipe import AttentionKernel, Recipe, VideoCodec, VideoPre
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
-def _option(
+def option(
     default: Any, env: str, help: str, flag: str | None = None, metavar: str | None = None, **limits: Any
 ) -> Any:
     return Field(default, description=help, json_schema_extra={"env": env, "flag": flag, "metavar": metavar}, **limits)
@@ -27,29 +27,29 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: Path = _option(
+    model: Path = option(
         None, "LTX2_MODEL", "directory of the LTX-2 checkpoint (Diffusers layout); required", flag="--model"
     )
-    kind: Kind = _option(
+    kind: Kind = option(
         "auto",
         "LTX2_KIND",
         "what the checkpoint is, where it does not say so itself: distilled or base (default: auto)",
         flag="--kind",
     )
-    shapes: Path = _option(Path("shapes.yaml"), "LTX2_SHAPES", "the menu file", flag="--shapes")
-    served_model_name: str | None = _option(
+    shapes: Path = option(Path("shapes.yaml"), "LTX2_SHAPES", "the menu file", flag="--shapes")
+    served_model_name: str | None = option(
         None,
         "LTX2_SERVED_MODEL_NAME",
         "the name that clients put in the request's model field (default: the menu's model)",
         flag="--served-model-name",
     )
-    cache_root: Path = _option(
+    cache_root: Path = option(
         Path("/cache"),
         "LTX2_CACHE_ROOT",
         "root of the compile caches, <root>/per-shape/<shape key>",
         flag="--cache-root",
     )
-    run_dir: Path | None = _option(
+    run_dir: Path | None = option(
         None,
         "LTX2_RUN_DIR",
         "where videos wait for delivery; private, emptied at exit (default: a new directory "
@@ -57,23 +57,23 @@ class Settings(BaseModel):
         flag="--run-dir",
     )
 
-    devices: str = _option(
+    devices: str = option(
         "all", "LTX2_DEVICES", "all visible GPUs, or indices or UUIDs; cpu:0,cpu:1 are stand-ins", flag="--devices"
     )
-    pool_mode: bool = _option(
+    pool_mode: bool = option(
         False,
         "LTX2_POOL_MODE",
         "1: a pool of shape-pinned processes; 0 or unset: one generator inside the worker",
         flag="--pool-mode",
     )
-    pool_max_size: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] | None = _option(
+    pool_max_size: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] | None = option(
         None,
         "LTX2_POOL_MAX_SIZE",
         "K: how many shape processes may exist at once, or auto: as many as fit the memory (default: auto with shared "
         "weights, 2 with private)",
         flag="--pool-max-size",
     )
-    memory_reserve: float = _option(
+    memory_reserve: float = option(
         4,
         "LTX2_POOL_MEMORY_RESERVE",
         "GiB of device memory (on a CPU: main memory) that auto leaves free",
@@ -81,45 +81,45 @@ class Settings(BaseModel):
         metavar="GIB",
         ge=0,
     )
-    spawn: Literal["zygote", "exec"] = _option(
+    spawn: Literal["zygote", "exec"] = option(
         "zygote",
         "LTX2_POOL_SPAWN",
         "how a shape process starts: zygote forks one that has imported everything, exec starts an interpreter",
         flag="--spawn",
     )
-    weights: Literal["shared", "private"] = _option(
+    weights: Literal["shared", "private"] = option(
         "shared",
         "LTX2_POOL_WEIGHTS",
         "shared: one process loads the checkpoint and lends it to all; private: each shape process loads its own",
         flag="--weights",
     )
-    warm: bool = _option(
+    warm: bool = option(
         True,
         "LTX2_POOL_WARM",
         "make one video and throw it away before a shape process is READY (0: the first customer waits for that)",
         flag="--warm",
     )
-    prewarm: str | None = _option(
+    prewarm: str | None = option(
         None,
         "LTX2_POOL_PREWARM",
         "shapes to start before anybody asks: all, none, top:N by traffic, or shape keys with commas between "
         "(default: all with shared weights, none with private)",
         flag="--prewarm",
     )
-    ready_min: int = _option(
+    ready_min: int = option(
         1,
         "LTX2_POOL_READY_MIN",
         "how many of the shapes to prewarm must be hot before the model is registered with Dynamo",
         flag="--ready-min",
         ge=0,
     )
-    traffic_file: Path | None = _option(
+    traffic_file: Path | None = option(
         None,
         "LTX2_TRAFFIC_FILE",
         "where the traffic by shape is remembered for --prewarm top:N (default: <cache root>/traffic.json)",
         flag="--traffic-file",
     )
-    gpu_concurrency: int = _option(
+    gpu_concurrency: int = option(
         1,
         "LTX2_POOL_GPU_CONCURRENCY",
         "how many shapes may generate at the same time on this GPU",
@@ -127,44 +127,44 @@ class Settings(BaseModel):
         ge=1,
         le=64,
     )
-    spawn_timeout: float = _option(
+    spawn_timeout: float = option(
         180, "LTX2_POOL_SPAWN_TIMEOUT", "seconds a shape process has to become READY", flag="--spawn-timeout", gt=0
     )
-    weights_timeout: float = _option(
+    weights_timeout: float = option(
         900, "LTX2_POOL_WEIGHTS_TIMEOUT", "seconds that loading the checkpoint may take", flag="--weights-timeout", gt=0
     )
-    generation_timeout: float = _option(
+    generation_timeout: float = option(
         1800,
         "LTX2_POOL_GENERATION_TIMEOUT",
         "seconds one generation may take; the process is replaced after that",
         flag="--generation-timeout",
         gt=0,
     )
-    cancel_grace: float = _option(
+    cancel_grace: float = option(
         30,
         "LTX2_POOL_CANCEL_GRACE",
         "seconds a process has to stop a cancelled job before it is replaced",
         flag="--cancel-grace",
         gt=0,
     )
-    term_grace: float = _option(
+    term_grace: float = option(
         30, "LTX2_POOL_TERM_GRACE", "seconds between SIGTERM and SIGKILL for a shape process", flag="--term-grace", gt=0
     )
-    max_queue: int = _option(
+    max_queue: int = option(
         64,
         "LTX2_POOL_MAX_QUEUE",
         "how many jobs may wait; the next one is told 429 at once",
         flag="--max-queue",
         ge=1,
     )
-    max_queue_per_shape: int = _option(
+    max_queue_per_shape: int = option(
         32,
         "LTX2_POOL_MAX_QUEUE_PER_SHAPE",
         "how many jobs may wait for one shape",
         flag="--max-queue-per-shape",
         ge=1,
     )
-    max_queue_per_user: int | None = _option(
+    max_queue_per_user: int | None = option(
         None,
         "LTX2_POOL_MAX_QUEUE_PER_USER",
         "how many jobs of one user (the request's user field; requests without one count as one user) may wait "
@@ -173,7 +173,7 @@ class Settings(BaseModel):
         metavar="N",
         ge=1,
     )
-    patience: float = _option(
+    patience: float = option(
         20,
         "LTX2_POOL_PATIENCE",
         "seconds for which jobs of hot shapes may pass one whose shape needs another's room, so that shapes do not "
@@ -181,28 +181,28 @@ class Settings(BaseModel):
         flag="--patience",
         ge=0,
     )
-    silence_timeout: float = _option(
+    silence_timeout: float = option(
         20,
         "LTX2_POOL_SILENCE_TIMEOUT",
         "seconds without a sign of life after which a process is replaced, idle or not",
         flag="--silence-timeout",
         ge=1,
     )
-    delivery_timeout: float = _option(
+    delivery_timeout: float = option(
         120,
         "LTX2_DELIVERY_TIMEOUT",
         "seconds that handing over a finished video may take, to the media store or to the client",
         flag="--delivery-timeout",
         gt=0,
     )
-    job_timeout: float = _option(
+    job_timeout: float = option(
         3600,
         "LTX2_POOL_JOB_TIMEOUT",
         "seconds from admission to the video; the client is told 504 after that",
         flag="--job-timeout",
         gt=0,
     )
-    drain_timeout: float = _option(
+    drain_timeout: float = option(
         600,
         "LTX2_DRAIN_TIMEOUT",
         "seconds that admitted jobs have to finish after the worker got SIGTERM",
@@ -210,44 +210,44 @@ class Settings(BaseModel):
         ge=0,
     )
 
-    compile: bool = _option(
+    compile: bool = option(
         True,
         "LTX2_COMPILE",
         "torch.compile the transformer (0: eager, slower videos, no compile cache)",
         flag="--compile",
     )
-    attention_backend: str = _option(
+    attention_backend: str = option(
         "TORCH_SDPA", "LTX2_ATTENTION_BACKEND", "FastVideo attention backend", flag="--attention-backend"
     )
-    attention_kernel: AttentionKernel | None = _option(
+    attention_kernel: AttentionKernel | None = option(
         None,
         "LTX2_ATTENTION_KERNEL",
         "cudnn, or torch: whatever torch chooses (default: the fastest exact one, cudnn on Hopper and B200)",
         flag="--attention-kernel",
     )
-    deterministic: bool = _option(
+    deterministic: bool = option(
         True,
         "LTX2_DETERMINISTIC",
         "the same request gives the same bytes from every process (0: each process times its kernels and may differ)",
         flag="--deterministic",
     )
-    enable_optimizations: bool = _option(
+    enable_optimizations: bool = option(
         False,
         "LTX2_ENABLE_OPTIMIZATIONS",
         "quantize the transformer: NVFP4 on Blackwell, FP8 on Ada and Hopper; faster and smaller, not the same videos",
         flag="--enable-optimizations",
     )
 
-    video_codec: VideoCodec = _option(
+    video_codec: VideoCodec = option(
         "libx264", "LTX2_VIDEO_CODEC", "encoder of the MP4: libx264 or libx265", flag="--video-codec"
     )
-    video_preset: VideoPreset = _option(
+    video_preset: VideoPreset = option(
         "superfast",
         "LTX2_VIDEO_PRESET",
         "the encoder's trade of time for size, from ultrafast to veryslow",
         flag="--video-preset",
     )
-    video_quality: int = _option(
+    video_quality: int = option(
         18,
         "LTX2_VIDEO_QUALITY",
         "constant rate factor of the encoder: 0 is lossless, 18 hard to tell from the original, 51 the worst",
@@ -256,17 +256,17 @@ class Settings(BaseModel):
         le=51,
     )
 
-    cache_policy: Literal["strict", "warn"] = _option(
+    cache_policy: Literal["strict", "warn"] = option(
         "warn",
         "LTX2_CACHE_POLICY",
         "what to do when a shape's cache was not baked for this software, GPU, recipe and model: strict refuses to "
         "start, warn serves and compiles",
         flag="--cache-policy",
     )
-    image_shape_hash: str | None = _option(
+    image_shape_hash: str | None = option(
         None, "IMAGE_SHAPE_HASH", "menu hash that the image's caches were baked for; the worker refuses another menu"
     )
-    max_prompt_chars: int = _option(
+    max_prompt_chars: int = option(
         4000,
         "LTX2_MAX_PROMPT_CHARS",
         "longest prompt accepted, in characters",
@@ -274,51 +274,51 @@ class Settings(BaseModel):
         ge=1,
         le=100_000,
     )
-    image_hosts: str = _option(
+    image_hosts: str = option(
         "",
         "LTX2_IMAGE_HOSTS",
         "hosts that a request's pictures may be fetched from by https:, with commas between; *.example.com is all "
         "below it (default: none, pictures come in the request as data: URLs)",
         flag="--image-hosts",
     )
-    image_max_mb: float = _option(
+    image_max_mb: float = option(
         20, "LTX2_IMAGE_MAX_MB", "largest picture accepted, in MB of its file", flag="--image-max-mb", gt=0, le=100
     )
-    image_max_pixels: int = _option(
+    image_max_pixels: int = option(
         25_000_000, "LTX2_IMAGE_MAX_PIXELS", "largest picture accepted, in pixels", flag="--image-max-pixels", ge=1024
     )
-    image_timeout: float = _option(
+    image_timeout: float = option(
         10, "LTX2_IMAGE_TIMEOUT", "seconds to fetch a picture, and again to decode it", flag="--image-timeout", gt=0
     )
-    media_output_fs_url: str | None = _option(
+    media_output_fs_url: str | None = option(
         None,
         "LTX2_MEDIA_OUTPUT_FS_URL",
         "fsspec URL that videos asked for with response_format=url are written to, "
         "for instance file:///srv/media or s3://bucket/videos",
         flag="--media-output-fs-url",
     )
-    media_output_http_url: str | None = _option(
+    media_output_http_url: str | None = option(
         None,
         "LTX2_MEDIA_OUTPUT_HTTP_URL",
         "base of the URLs that clients get for them (default: the store's own URL)",
         flag="--media-output-http-url",
     )
 
-    namespace: str = _option(
+    namespace: str = option(
         "dynamo",
         "DYN_NAMESPACE",
         "Dynamo namespace; DYN_NAMESPACE_WORKER_SUFFIX is appended when set",
         flag="--namespace",
     )
-    component: str = _option("video", "LTX2_COMPONENT", "Dynamo component", flag="--component")
-    endpoint: str = _option("generate", "LTX2_ENDPOINT", "Dynamo endpoint", flag="--endpoint")
-    discovery_backend: Literal["kubernetes", "etcd", "file", "mem"] | None = _option(
+    component: str = option("video", "LTX2_COMPONENT", "Dynamo component", flag="--component")
+    endpoint: str = option("generate", "LTX2_ENDPOINT", "Dynamo endpoint", flag="--endpoint")
+    discovery_backend: Literal["kubernetes", "etcd", "file", "mem"] | None = option(
         None,
         "DYN_DISCOVERY_BACKEND",
         "Dynamo discovery: kubernetes, etcd, file or mem (default: kubernetes inside a cluster, file elsewhere)",
         flag="--discovery-backend",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _option(
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option(
         "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR; prompts are logged at DEBUG only", flag="--log-level"
     )
 

@@ -20,6 +20,7 @@ from .conftest import MENU, A
 
 ELSEWHERE = {
     "make test": "this run",
+    "make serve": "test_gateway.py: test_serve_stays_up_until_ctrl_c_and_leaves_nothing",
     "make demo": "test_documents.py: test_the_demo_shows_cold_and_hot_videos",
     "kill -TERM $WORKER_PID": "test_endpoint.py: test_sigterm_lets_the_running_job_finish",
 }

@@ -9,6 +9,7 @@ import subprocess
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from ltx2_pool.gateway.metrics import GatewayMetrics
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.tools.stack import WORKER
 from tests.paths import REPOSITORY
@@ -64,7 +65,7 @@ def test_every_documented_series_is_scraped_with_dynamos_labels(pool):
 
 def test_the_runbook_has_every_series():
     runbook = (REPOSITORY / "RUNBOOK.md").read_text()
-    for name, kind, labels, meaning in Metrics([]).documented():
+    for name, kind, labels, meaning in [*Metrics([]).documented(), *GatewayMetrics().documented()]:
         shown = f"{name}{{{','.join(labels)}}}" if labels else name
         assert f"| `{shown}` | {kind} | {meaning} |" in runbook
 

@@ -226,7 +226,8 @@ def test_what_goes_with_stock_is_refused_without(monkeypatch, capsys, option):
 
 def test_a_shape_may_be_given_again(monkeypatch):
     commands = dict.fromkeys(
-        ("load", "image", "compare", "spawn", "chaos", "fuzz", "kinds", "pictures", "menu-report"), lambda *_: 0
+        ("load", "image", "compare", "spawn", "chaos", "fuzz", "kinds", "pictures", "polling", "menu-report"),
+        lambda *_: 0,
     )
     parser = options.parser("p", "", commands)
     parsed = parser.parse_args(["compare", "--stock", "--shape", "768x512@121", "--shape", B.key])

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ltx2_pool.gateway.metrics import GatewayMetrics
+from ltx2_pool.gateway.settings import GatewaySettings
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.words.settings import Settings
 from tests.paths import REPOSITORY
@@ -25,7 +27,7 @@ RULES = yaml.safe_load((DEPLOY / "prometheus-rules.yaml").read_text())["groups"]
 
 def series() -> set[str]:
     names = set()
-    for name, kind, _, _ in Metrics([]).documented():
+    for name, kind, _, _ in [*Metrics([]).documented(), *GatewayMetrics().documented()]:
         names |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
     return names
 
@@ -39,7 +41,7 @@ def queries() -> list[str]:
 
 @pytest.mark.parametrize("query", queries())
 def test_every_query_names_a_series_that_exists(query):
-    named = set(re.findall(r"ltx2_pool_\w+", query))
+    named = set(re.findall(r"ltx2_(?:pool|gateway)_\w+", query))
     assert named
     assert named <= series()
 
@@ -63,7 +65,11 @@ def test_the_rules_fire_when_they_should_and_the_configuration_is_one(arguments)
 
 
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-PLAIN = list(yaml.safe_load_all((DEPLOY / "kubernetes/worker.yaml").read_text()))
+PLAIN = [
+    each
+    for name in ("worker", "gateway")
+    for each in yaml.safe_load_all((DEPLOY / f"kubernetes/{name}.yaml").read_text())
+]
 GRAPH, *GRAPH_POLICIES = yaml.safe_load_all((DEPLOY / "kubernetes/dynamo-graph.yaml").read_text())
 DRAIN = Settings.model_fields["drain_timeout"].default
 
@@ -81,6 +87,7 @@ def test_the_compose_file_keeps_to_the_compose_specification():
 
 def test_the_plain_manifests_keep_to_kubernetes_schemas():
     validate("kubernetes-validate", "--strict", "kubernetes/worker.yaml")
+    validate("kubernetes-validate", "--strict", "kubernetes/gateway.yaml")
 
 
 def patched(value: Any, patch: Any) -> Any:
@@ -251,6 +258,10 @@ def test_every_pod_is_closed_by_default(app):
                 (f"{prefix}-frontend", f"{prefix}-worker", 41000, True),
             )
         ),
+        ("ltx2-gateway", "a pod", 8080, True),
+        ("ltx2-gateway", "a pod", 8081, False),
+        ("ltx2-worker", "ltx2-gateway", 9090, True),
+        ("ltx2-worker", "ltx2-gateway", 41000, False),
         ("ltx2-etcd", "ltx2-worker", 2379, True),
         ("ltx2-etcd", "ltx2-frontend", 2379, True),
         ("ltx2-etcd", "a pod", 2379, False),
@@ -263,19 +274,34 @@ def test_who_reaches_which_port(app, caller, port, reached):
 
 def test_nothing_of_kubernetes_is_opened_on_a_host():
     services = {each["metadata"]["name"]: each["spec"] for each in PLAIN if each["kind"] == "Service"}
-    assert set(services) == {"ltx2-frontend", "ltx2-etcd"}
+    assert set(services) == {"ltx2-frontend", "ltx2-etcd", "ltx2-gateway", "ltx2-worker-system"}
     assert {spec.get("type", "ClusterIP") for spec in services.values()} == {"ClusterIP"}
     for pod in PODS.values():
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod["spec"])
         assert not [p for c in pod["spec"]["containers"] for p in c.get("ports", []) if "hostPort" in p]
 
 
-def test_compose_opens_the_frontend_and_nothing_else_beyond_this_host():
+def test_compose_opens_the_gateway_with_its_keys_and_nothing_else_beyond_this_host():
     for name, service in COMPOSE["services"].items():
         open_to_all = [port for port in service.get("ports", []) if not port.startswith("127.0.0.1:")]
-        assert open_to_all == (["${LTX2_PORT:-8000}:8000"] if name == "frontend" else [])
+        assert open_to_all == (["${LTX2_PORT:-8080}:8080"] if name == "gateway" else [])
         assert (service["security_opt"], service["cap_drop"]) == (["no-new-privileges:true"], ["ALL"])
         assert not {"privileged", "network_mode", "pid", "cap_add"} & set(service)
+
+
+def test_the_gateway_has_its_keys_and_keeps_its_jobs_wherever_it_is_deployed():
+    (container,) = PODS["ltx2-gateway"]["spec"]["containers"]
+    kubernetes = {each["name"]: each["value"] for each in container["env"]}
+    compose = COMPOSE["services"]["gateway"]["environment"]
+    drain = GatewaySettings.model_fields["drain_timeout"].default
+    assert PODS["ltx2-gateway"]["spec"]["terminationGracePeriodSeconds"] > drain
+    assert int(COMPOSE["services"]["gateway"]["stop_grace_period"].removesuffix("s")) > drain
+    by_variable = {f.json_schema_extra["env"]: name for name, f in GatewaySettings.model_fields.items()}  # type: ignore[index]
+    for environment in (kubernetes, compose):
+        given = {by_variable[name]: value for name, value in environment.items() if name in by_variable}
+        settings = GatewaySettings.model_validate(given)  # open to others, and so with keys
+        assert settings.database.startswith("sqlite+aiosqlite:////state/")
+        assert settings.content.startswith("file:///state/")
 
 
 def test_a_rollout_never_needs_a_second_gpu():
@@ -291,7 +317,7 @@ def test_compose_drains_and_has_shared_memory_and_its_parts_find_each_other():
     assert worker["shm_size"] == "8gb"
     scraped = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
     targets = [target for job in scraped for static in job["static_configs"] for target in static["targets"]]
-    assert targets == ["worker:9090", "frontend:8000"]
+    assert targets == ["worker:9090", "frontend:8000", "gateway:8080"]
     (source,) = yaml.safe_load((DEPLOY / "grafana/datasources.yaml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
     (provider,) = yaml.safe_load((DEPLOY / "grafana/dashboards.yaml").read_text())["providers"]
@@ -303,7 +329,11 @@ def test_compose_drains_and_has_shared_memory_and_its_parts_find_each_other():
 
 
 def test_every_image_has_a_tag_and_every_variable_a_meaning():
-    known = {field.json_schema_extra["env"] for field in Settings.model_fields.values()}  # type: ignore[index]
+    known = {
+        field.json_schema_extra["env"]  # type: ignore[index]
+        for of in (Settings, GatewaySettings)
+        for field in of.model_fields.values()
+    }
     for file in DEPLOY.rglob("*.yaml"):
         text = file.read_text()
         for image in re.findall(r"image: *(\S+)", text):

@@ -6,11 +6,12 @@ import re
 
 import pytest
 
+from ltx2_pool.gateway.settings import GatewaySettings
 from ltx2_pool.words.settings import Settings
 from tests.documents import DOCUMENTS, MARKS, commands
 from tests.paths import REPOSITORY
 
-DEPLOYMENT_SETTINGS = {"LTX2_WARM_PAGE_CACHE", "LTX2_IMAGE", "LTX2_MODEL_DIR", "LTX2_GPUS"}
+DEPLOYMENT_SETTINGS = {"LTX2_WARM_PAGE_CACHE", "LTX2_IMAGE", "LTX2_MODEL_DIR", "LTX2_GPUS", "LTX2_KEYS"}
 """Read by the entrypoint and by the compose file, not by the worker."""
 
 
@@ -46,7 +47,11 @@ def test_every_file_that_is_named_exists(document):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_setting_that_is_named_exists(document):
     named = set(re.findall(r"\bLTX2_[A-Z0-9_]+\b", (REPOSITORY / document).read_text()))
-    known = {field.json_schema_extra["env"] for field in Settings.model_fields.values()}  # type: ignore[index]
+    known = {
+        field.json_schema_extra["env"]  # type: ignore[index]
+        for of in (Settings, GatewaySettings)
+        for field in of.model_fields.values()
+    }
     assert named <= known | DEPLOYMENT_SETTINGS
 
 

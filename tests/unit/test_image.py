@@ -148,7 +148,7 @@ def test_the_lock_files_name_packages_and_no_hosts():
 
 def test_the_image_has_every_extra_but_that_of_developers():
     locked = {line.split("==")[0] for line in (REPOSITORY / "requirements.lock").read_text().splitlines()}
-    for name in ("tools", "s3"):
+    for name in ("tools", "gateway", "s3"):
         for requirement in PROJECT["optional-dependencies"][name]:
             assert re.split(r"[<>=]", requirement)[0] in locked
     assert "hypothesis" not in locked

@@ -16,13 +16,24 @@ import pytest
 from tests.paths import REPOSITORY
 
 PACKAGE = REPOSITORY / "ltx2_pool"
-WINGS = ("words", "model", "processes", "caches", "serving", "tools", "programs")
+WINGS = ("words", "model", "processes", "caches", "serving", "gateway", "tools", "programs")
 """From the bottom up: a wing imports from those before it, and from itself."""
 VIDEO = {"torch", "numpy", "av", "fastvideo", "transformers"}
 LINES = 400
 IN_CHILDREN = {"ltx2_pool.tools.imaginary"}
 """Programs that are shape processes themselves, with an engine of their own: they run the model's child."""
-TOOLS = ("httpx", "matplotlib", "rich", "safetensors", "hypothesis", "s3fs", "PIL")
+TOOLS = (
+    "httpx",
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "hypothesis",
+    "s3fs",
+    "PIL",
+    "sqlalchemy",
+    "starlette",
+    "uvicorn",
+)
 
 
 def name_of(path: Path) -> str:
@@ -108,6 +119,11 @@ def test_serving_knows_nothing_of_tensors_and_files_of_video(module):
     assert {name.partition(".")[0] for name in imports(module)} & VIDEO == set()
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if wing(module) == "gateway"])
+def test_the_gateway_speaks_http_to_the_others_and_shares_words_only(module):
+    assert {wing(name) for name in ours(imports(module))} <= {"gateway", "words"}
+
+
 DISTRIBUTIONS = packages_distributions()
 
 
@@ -129,14 +145,16 @@ def distributions(names: set[str]) -> dict[str, set[str]]:
 @pytest.mark.parametrize("module", MODULES)
 def test_every_package_that_is_imported_is_a_dependency(module):
     """Directly, not because another package happens to bring it; what only tools need may be an extra."""
-    allowed = RUNTIME | (set().union(*EXTRAS.values()) if wing(module) in ("tools", "programs") else set())
+    extras = {"gateway": ("gateway",), "tools": tuple(EXTRAS), "programs": tuple(EXTRAS)}
+    allowed = RUNTIME.union(*(EXTRAS[name] for name in extras.get(wing(module), ())))
     missing = {top: found for top, found in distributions(imports(module)).items() if not found & allowed}
     assert missing == {}
 
 
 def test_every_dependency_is_imported_or_used_by_name():
     used: set[str] = set().union(*(f for m in MODULES for f in distributions(imports(m)).values()))
-    by_name = {"triton", "s3fs"}  # torch compiles with the one; fsspec finds the other by a URL's scheme
+    # What torch compiles with; what fsspec and SQLAlchemy find by a URL's scheme; what uvicorn and Starlette look for.
+    by_name = {"triton", "s3fs", "aiosqlite", "asyncpg", "greenlet", "httptools", "python-multipart"}
     assert (RUNTIME | set().union(*EXTRAS.values())) - used - by_name == set()
     assert not RUNTIME & set().union(*EXTRAS.values())
 
@@ -173,6 +191,8 @@ def test_what_serves_needs_no_tools_and_the_parent_imports_no_model():
         ("worker", ["status"]),
         ("benchmark", ["--help"]),
         ("demo", ["--help"]),
+        ("serve", ["--help"]),
+        ("gateway", ["--help"]),
     ],
 )
 def test_a_tool_without_its_packages_says_what_to_install(program, arguments):
@@ -183,4 +203,5 @@ def test_a_tool_without_its_packages_says_what_to_install(program, arguments):
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode in (1, 2)
     (line,) = done.stderr.splitlines()
-    assert line.endswith(": pip install 'ltx2-pool[tools]'")
+    needed = "gateway" if program == "gateway" else "tools"
+    assert line.endswith(f": pip install 'ltx2-pool[{needed}]'")

@@ -58,11 +58,14 @@ def run(environment: Path, directory: Path, *command: str) -> subprocess.Complet
     )
 
 
-def test_the_wheel_has_every_module_and_the_tiny_menu_and_nothing_else(wheel):
+def test_the_wheel_has_every_module_the_page_and_the_tiny_menu_and_nothing_else(wheel):
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = REPOSITORY / "ltx2_pool"
     modules = {str(path.relative_to(REPOSITORY)) for path in package.rglob("*.py")}
-    assert inside == {*modules, "ltx2_pool/tools/tiny.yaml"}
+    page = {
+        f"ltx2_pool/gateway/{name}" for name in ("openapi.yaml", "page/index.html", "page/page.css", "page/page.js")
+    }
+    assert inside == {*modules, *page, "ltx2_pool/tools/tiny.yaml"}
 
 
 def test_the_package_is_the_installed_one(environment, tmp_path):
@@ -81,6 +84,8 @@ BENCHMARKS = ("load", "image", "compare", "spawn", "chaos", "fuzz", "menu-report
         ("ltx2-benchmark", "--help"),
         *(("ltx2-benchmark", name, "--help") for name in BENCHMARKS),
         ("ltx2-demo", "--help"),
+        ("ltx2-serve", "--help"),
+        ("ltx2-gateway", "--help"),
     ],
     ids=" ".join,
 )

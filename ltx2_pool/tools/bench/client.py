@@ -99,6 +99,33 @@ class Client:
         return "" if found == wanted else f"(width, height, frames, fps) is {found}, not {wanted}"
 
 
+class JobsClient(Client):
+    """Asks one gateway: creates a job, polls it as the gateway says, and fetches the video."""
+
+    async def ask(self, shape: Shape, number: int) -> Answer:
+        body = {
+            "model": self.model,
+            "prompt": PROMPTS[number % len(PROMPTS)],
+            "size": shape.size,
+            "nvext": {"num_frames": shape.num_frames, "seed": number},
+        }
+        began = time.monotonic()
+        try:
+            response = await self._http.post("/v1/videos", json=body)
+            while response.status_code == 200 and response.json()["status"] in ("queued", "in_progress"):
+                await asyncio.sleep(int(response.headers["openai-poll-after-ms"]) / 1000)
+                response = await self._http.get(f"/v1/videos/{response.json()['id']}")
+            if response.status_code == 200 and response.json()["status"] == "completed":
+                response = await self._http.get(f"/v1/videos/{response.json()['id']}/content")
+        except httpx.HTTPError as error:
+            return Answer(0, time.monotonic() - began, None, b"", f"{type(error).__name__}: {error}")
+        seconds = time.monotonic() - began
+        if response.headers.get("content-type") != "video/mp4":
+            return Answer(response.status_code, seconds, None, b"", response.text[:200] or "no text")
+        problem = await asyncio.to_thread(self._problem, response.content, shape)
+        return Answer(200, seconds, None, response.content, problem)
+
+
 @dataclass(frozen=True)
 class Sample:
     """The worker's status at one moment."""

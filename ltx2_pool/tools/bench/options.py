@@ -25,6 +25,9 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     one = several.add_parser("load", help="requests against a running frontend; tables, CSV, JSON and pictures")
     one.set_defaults(run=commands["load"])
     _frontend_options(one)
+    one.add_argument(
+        "--jobs-api", action="store_true", help="through a gateway's jobs API, polling; --url is the gateway's then"
+    )
     push = one.add_mutually_exclusive_group()
     push.add_argument(
         "--rate", type=_amounts, metavar="R,...", help="open loop: requests per second, at random (Poisson) moments"
@@ -117,6 +120,12 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     five.add_argument("--fault-rate", type=float, default=0.2, metavar="P", help="faults for each job [%(default)s]")
     five.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     five.add_argument("--real", action="store_true", help="the real pipeline; without, an imaginary engine")
+    five.add_argument(
+        "--gateway", action="store_true", help="jobs of the gateway's API while gateway, frontend and worker are killed"
+    )
+    five.add_argument(
+        "--postgresql", action="store_true", help="with --gateway: two gateways on a PostgreSQL of its own"
+    )
 
     six = several.add_parser("fuzz", help="request bodies of every kind of wrong, through the real frontend")
     six.set_defaults(run=commands["fuzz"])
@@ -146,6 +155,14 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     hostile.add_argument("--count", type=_count, default=5000, metavar="N", help="[%(default)s]")
     hostile.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     hostile.add_argument("--out", type=Path, metavar="FILE", help="write what became of them as JSON")
+
+    polling = several.add_parser(
+        "polling", help="clients that poll a gateway for their jobs at once: p99 over idle p50"
+    )
+    polling.set_defaults(run=commands["polling"])
+    polling.add_argument("--clients", type=_count, default=2000, metavar="N", help="[%(default)s]")
+    polling.add_argument("--duration", type=_amount, default=20, metavar="S", help="[%(default)s]")
+    polling.add_argument("--max-ratio", type=_amount, default=50, metavar="X", help="exit 1 above it [%(default)s]")
 
     seven = several.add_parser("menu-report", help="which shapes earn their memory, from a worker's counters")
     seven.set_defaults(run=commands["menu-report"])

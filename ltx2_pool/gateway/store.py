@@ -1,0 +1,349 @@
+"""The jobs, in SQLite or PostgreSQL: every change is one statement that holds by itself, whoever dies around it.
+
+A job is *claimed* by one dispatcher, with a token and until a moment that its heartbeat moves on. Whatever a dispatcher
+does to a job names the token: one who was silent for too long, and has lost its job to another, changes nothing.
+The moments are those of the database's clock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    ColumnElement,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    ScalarSelect,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    and_,
+    delete,
+    event,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from ltx2_pool.gateway.jobs import Claimed, Job
+
+metadata = MetaData()
+videos = Table(
+    "videos",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(128), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("progress", Integer, nullable=False, default=0),
+    Column("model", String(256), nullable=False),
+    Column("prompt", Text, nullable=False),
+    Column("size", String(64), nullable=False),
+    Column("seconds", String(64), nullable=False),
+    Column("created", Double, nullable=False),
+    Column("started", Double),
+    Column("ended", Double),
+    Column("expires", Double),
+    Column("remixed_from", String(64)),
+    Column("error_code", String(64)),
+    Column("error", Text),
+    Column("content", String(256)),
+    Column("bytes", Integer, nullable=False, default=0),
+    Column("etag", String(80), nullable=False, default=""),
+    Column("body", Text, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("not_before", Double, nullable=False),
+    Column("claim", String(64)),
+    Column("claimed_until", Double),
+    Column("deleted", Boolean, nullable=False, default=False),
+    Column("idempotency_key", String(256)),
+    Column("fingerprint", String(64)),
+    UniqueConstraint("owner", "idempotency_key"),
+    Index("videos_by_owner", "owner", "created", "id"),
+    Index("videos_by_status", "status", "created"),
+    Index("videos_by_expiry", "expires"),
+)
+_SEEN = [videos.c[field.name] for field in fields(Job)]
+_ACTIVE = ("queued", "in_progress")
+
+
+class StoreError(Exception):
+    """The database does not answer, or not as it should."""
+
+
+class Conflict(Exception):
+    """The Idempotency-Key was used before, with another request."""
+
+
+class Full(Exception):
+    """No more jobs may wait: in all (``queue_full``), or of this owner (``key_queue_full``)."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class Store:
+    """All jobs. Every method raises StoreError when the database fails."""
+
+    def __init__(self, url: str) -> None:
+        self._sqlite = url.startswith("sqlite")
+        self._engine: AsyncEngine = create_async_engine(
+            url, isolation_level="AUTOCOMMIT", pool_size=4, max_overflow=0, pool_pre_ping=not self._sqlite
+        )
+        if self._sqlite:
+            event.listen(self._engine.sync_engine, "connect", _durable)
+        self._now: ColumnElement[float] = literal_column(
+            "(julianday('now') - 2440587.5) * 86400.0"
+            if self._sqlite
+            else "extract(epoch from clock_timestamp())::float8",
+            Double,
+        )
+
+    async def open(self) -> None:
+        """Make the tables that are not there."""
+        if self._sqlite and not (file := Path(self._engine.url.database or "")).parent.is_dir():
+            raise StoreError(f"{file} cannot be made: {file.parent} is no directory")
+        async with self._failing(), self._engine.begin() as connection:
+            if not self._sqlite:  # two gateways that start at once
+                await connection.exec_driver_sql("SELECT pg_advisory_lock(4207843)")
+            try:
+                await connection.run_sync(metadata.create_all)
+            finally:
+                if not self._sqlite:
+                    await connection.exec_driver_sql("SELECT pg_advisory_unlock(4207843)")
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+    async def add(
+        self,
+        job: Job,
+        body: dict[str, Any],
+        *,
+        max_queue: int,
+        max_active: int,
+        idempotency_key: str | None = None,
+        fingerprint: str = "",
+    ) -> tuple[Job, bool]:
+        """Accept a job: what is stored, and whether it is new.
+
+        Raises Conflict, Full. Jobs that come in at one moment through several gateways may pass a limit by as many.
+        """
+        insert = sqlite.insert if self._sqlite else postgresql.insert
+        row: dict[str, Any] = {
+            **{column.name: getattr(job, column.name) for column in _SEEN},
+            "created": self._now,
+            "body": json.dumps(body),
+            "attempts": 0,
+            "not_before": self._now,
+            "deleted": False,
+            "idempotency_key": idempotency_key,
+            "fingerprint": fingerprint,
+        }
+        columns = [videos.c[name] for name in row]
+        values = [v if isinstance(v, ColumnElement) else literal(v, videos.c[n].type) for n, v in row.items()]
+        room = and_(_count(videos.c.status == "queued") < max_queue, _count(_active_of(job.owner)) < max_active)
+        statement = insert(videos).from_select(columns, select(*values).where(room)).on_conflict_do_nothing()
+        (new,) = await self._rows(statement.returning(*_SEEN)) or [None]
+        if new is not None:
+            return _job(new), True
+        if idempotency_key is not None:
+            same = and_(videos.c.owner == job.owner, videos.c.idempotency_key == idempotency_key)
+            for found in await self._rows(select(*_SEEN, videos.c.fingerprint).where(same)):
+                if found.fingerprint != fingerprint:
+                    raise Conflict
+                return _job(found), False
+        mine = await self._rows(select(_count(_active_of(job.owner))))
+        raise Full("key_queue_full" if mine[0][0] >= max_active else "queue_full")
+
+    async def get_many(self, ids: Sequence[str]) -> dict[str, Job]:
+        """Those that exist, by id."""
+        rows = await self._rows(select(*_SEEN).where(videos.c.id.in_(ids), ~videos.c.deleted))
+        return {row.id: _job(row) for row in rows}
+
+    async def body(self, id: str) -> dict[str, Any] | None:
+        """The request of a job."""
+        for row in await self._rows(select(videos.c.body).where(videos.c.id == id, ~videos.c.deleted)):
+            body: dict[str, Any] = json.loads(row.body)
+            return body
+        return None
+
+    async def listed(self, owner: str, *, after: Job | None, limit: int, newest_first: bool) -> list[Job]:
+        """An owner's jobs by age, those after one of them."""
+        place = (videos.c.created, videos.c.id)
+        query = select(*_SEEN).where(videos.c.owner == owner, ~videos.c.deleted).limit(limit)
+        if after is not None:
+            beyond = videos.c.created < after.created if newest_first else videos.c.created > after.created
+            tied = videos.c.id < after.id if newest_first else videos.c.id > after.id
+            query = query.where(or_(beyond, and_(videos.c.created == after.created, tied)))
+        rows = await self._rows(query.order_by(*(c.desc() if newest_first else c.asc() for c in place)))
+        return [_job(row) for row in rows]
+
+    async def counts(self) -> dict[str, int]:
+        """How many jobs there are, by status."""
+        query = select(videos.c.status, func.count()).where(~videos.c.deleted).group_by(videos.c.status)
+        return {row[0]: row[1] for row in await self._rows(query)}
+
+    async def claim(self, token: str, seconds: float, job_timeout: float) -> Claimed | None:
+        """Take the job whose turn it is; None when none is to be had.
+
+        Owners take turns: the owner with the fewest jobs in work comes first, then the oldest job.
+        """
+        other = videos.alias("other")
+        in_work = (
+            select(func.count())
+            .where(other.c.owner == videos.c.owner, other.c.status == "in_progress")
+            .correlate(videos)
+            .scalar_subquery()
+        )
+        due = and_(videos.c.status == "queued", videos.c.not_before <= self._now)
+        silent = and_(videos.c.status == "in_progress", videos.c.claimed_until < self._now)
+        next_one = (
+            select(videos.c.id)
+            .where(or_(due, silent), ~videos.c.deleted)
+            .order_by(in_work, videos.c.created, videos.c.id)
+            .limit(1)
+        )
+        if not self._sqlite:
+            next_one = next_one.with_for_update(skip_locked=True, of=videos)
+        statement = (
+            update(videos)
+            .where(videos.c.id == next_one.scalar_subquery())
+            .values(
+                status="in_progress",
+                progress=0,
+                attempts=videos.c.attempts + 1,
+                claim=token,
+                claimed_until=self._now + seconds,
+                started=func.coalesce(videos.c.started, self._now),
+            )
+            .returning(
+                videos.c.id,
+                videos.c.owner,
+                videos.c.body,
+                videos.c.created,
+                videos.c.attempts,
+                (videos.c.created + job_timeout - self._now).label("left"),
+            )
+        )
+        for row in await self._rows(statement):
+            return Claimed(
+                row.id, row.owner, json.loads(row.body), row.created, row.attempts, row.attempts > 1, float(row.left)
+            )
+        return None
+
+    async def beat(self, id: str, token: str, seconds: float, progress: int) -> bool:
+        """Renew a claim; False when the job is no longer ours to make: another has it, or its client deleted it."""
+        values = {"claimed_until": self._now + seconds, "progress": progress}
+        return await self._own(id, token, ~videos.c.deleted, **values)
+
+    async def complete(self, id: str, token: str, content: str, size: int, etag: str, retention: float) -> bool:
+        """The video is in the content store; False when the job was no longer ours."""
+        made = {"status": "completed", "progress": 100, "content": content, "bytes": size, "etag": etag}
+        return await self._own(id, token, ~videos.c.deleted, **made, **self._end(retention))
+
+    async def fail(self, id: str, token: str, code: str, message: str, retention: float) -> bool:
+        """The job ends without a video; False when it was no longer ours."""
+        failed = {"status": "failed", "error_code": code, "error": message}
+        return await self._own(id, token, ~videos.c.deleted, **failed, **self._end(retention))
+
+    async def release(self, id: str, token: str, after: float, counted: bool) -> bool:
+        """Put a job back into the queue, to be claimed again `after` seconds; False when it was no longer ours."""
+        attempts = videos.c.attempts if counted else videos.c.attempts - 1
+        back = {"status": "queued", "progress": 0, "not_before": self._now + after, "attempts": attempts}
+        return await self._own(id, token, ~videos.c.deleted, **back, claim=None, claimed_until=None)
+
+    async def give_back(self, id: str, token: str) -> None:
+        """Let go of a job that was deleted meanwhile."""
+        await self._own(id, token, claimed_until=self._now - 1)
+
+    async def mark_deleted(self, id: str) -> bool:
+        """Hide a job at once; False when there is none. What is left of it is for :meth:`remains`."""
+        statement = update(videos).where(videos.c.id == id, ~videos.c.deleted)
+        return await self._changes(statement.values(deleted=True, idempotency_key=None))
+
+    async def overdue(self, job_timeout: float, retention: float) -> list[str]:
+        """Fail the jobs that waited past their deadline, and those in work whose dispatcher has fallen silent too."""
+        queued = videos.c.status == "queued"
+        silent = and_(videos.c.status == "in_progress", videos.c.claimed_until < self._now)
+        late = and_(or_(queued, silent), videos.c.created + job_timeout < self._now, ~videos.c.deleted)
+        failed = {"status": "failed", "error_code": "timeout", "error": "the video was not made in time"}
+        statement = update(videos).where(late).values(**failed, **self._end(retention)).returning(videos.c.id)
+        return [row.id for row in await self._rows(statement)]
+
+    async def remains(self, limit: int = 100) -> list[tuple[str, bool]]:
+        """Jobs whose content and row are to be removed: deleted or expired (True), and nobody works on them."""
+        expired = and_(videos.c.expires < self._now, ~videos.c.deleted)
+        idle = or_(videos.c.status != "in_progress", videos.c.claimed_until < self._now)
+        query = select(videos.c.id, videos.c.deleted).where(or_(videos.c.deleted, expired), idle).limit(limit)
+        return [(row.id, not row.deleted) for row in await self._rows(query)]
+
+    async def forget(self, id: str) -> bool:
+        """Remove a row whose content is gone."""
+        return await self._changes(delete(videos).where(videos.c.id == id))
+
+    def _end(self, retention: float) -> dict[str, Any]:
+        return {"ended": self._now, "expires": self._now + retention, "claim": None, "claimed_until": None}
+
+    async def _own(self, id: str, token: str, *more: ColumnElement[bool], **values: Any) -> bool:
+        mine = and_(videos.c.id == id, videos.c.claim == token, videos.c.status == "in_progress", *more)
+        return await self._changes(update(videos).where(mine).values(**values))
+
+    async def _rows(self, statement: Any) -> list[Any]:
+        async with self._failing(), self._engine.connect() as connection:
+            result = await connection.execute(statement)
+            return list(result.fetchall())
+
+    async def _changes(self, statement: Any) -> bool:
+        async with self._failing(), self._engine.connect() as connection:
+            result = await connection.execute(statement)
+            return bool(result.rowcount)
+
+    def _failing(self) -> _Failing:
+        return _Failing()
+
+
+class _Failing:
+    """Turns what a database throws into StoreError."""
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SQLAlchemyError | OSError | TimeoutError):
+            raise StoreError(str(error).splitlines()[0]) from error
+
+
+def _durable(connection: Any, _record: object) -> None:
+    """Accepted is never lost: a commit is on the disk before a client hears of it, and readers do not wait for it."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _active_of(owner: str) -> ColumnElement[bool]:
+    return and_(videos.c.owner == owner, videos.c.status.in_(_ACTIVE))
+
+
+def _count(condition: ColumnElement[bool]) -> ScalarSelect[int]:
+    return select(func.count()).select_from(videos).where(condition).scalar_subquery()
+
+
+def _job(row: Any) -> Job:
+    return Job(*row[: len(_SEEN)])
