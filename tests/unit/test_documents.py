@@ -7,6 +7,7 @@ import re
 import pytest
 
 from ltx2_pool.gateway.settings import GatewaySettings
+from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.settings import Settings
 from tests.documents import DOCUMENTS, MARKS, commands
 from tests.paths import REPOSITORY
@@ -53,6 +54,20 @@ def test_every_setting_that_is_named_exists(document):
         for field in of.model_fields.values()
     }
     assert named <= known | DEPLOYMENT_SETTINGS
+
+
+def test_a_menu_that_is_shown_can_be_served(tmp_path):
+    menus = [
+        text
+        for document in DOCUMENTS
+        for text in re.findall(
+            r"^```yaml\n(model:.*?)^```", (REPOSITORY / document).read_text(), re.MULTILINE | re.DOTALL
+        )
+    ]
+    assert menus
+    for text in menus:
+        (tmp_path / "menu.yaml").write_text(text)
+        assert Menu.load(tmp_path / "menu.yaml").offers
 
 
 def test_commands_are_found_and_marked():
