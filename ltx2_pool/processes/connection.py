@@ -37,6 +37,11 @@ class Channel:
                 return
             yield protocol.decode_from_child(payload)
 
+    def finish(self) -> None:
+        """Nothing more is sent: the child reads the end, and may still answer."""
+        if not self._writer.transport.is_closing():
+            self._writer.write_eof()
+
     def abort(self) -> None:
         """Close it now, whatever is not yet sent and whoever still holds the other end."""
         self._writer.transport.abort()

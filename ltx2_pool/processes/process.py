@@ -151,13 +151,18 @@ class ChildProcess:
         return self._status or 0
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL after the grace. An idle child ends at once, a busy one after its job."""
+        """SIGTERM, and SIGKILL after the grace. An idle child ends at once, a busy one after its job.
+
+        Whatever a library has made of SIGTERM in it, a child that waits for work reads the end of that.
+        """
         was_alive, self._ending = self.alive, True
         if self._launched is None:
             self.kill()
         elif was_alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._launched.pid, signal.SIGTERM)
+            if self._channel is not None and self._waits_for_work:
+                self._channel.finish()
         try:
             async with asyncio.timeout(self._timeouts.term):
                 await self._gone.wait()
@@ -165,6 +170,11 @@ class ChildProcess:
             logger.warning("%s did not end within %g s of SIGTERM: killing it", self, self._timeouts.term)
             self.kill()
         await self._gone.wait()
+
+    @property
+    def _waits_for_work(self) -> bool:
+        """Whether nothing is lost when it ends now."""
+        return False
 
     def kill(self, why: Reason | None = None) -> None:
         """SIGKILL it and everything it started. `why` is what a job in it is told. May be called again."""

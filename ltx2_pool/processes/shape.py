@@ -205,6 +205,10 @@ class ShapeProcess(ChildProcess, Process):
             )
         return lost
 
+    @property
+    def _waits_for_work(self) -> bool:
+        return self._ready and self._job is None
+
     async def _release(self) -> None:
         if self._slate is not None:
             self._slate.close()

@@ -27,6 +27,7 @@ kill in PHASE            SIGKILL there
 die when idle            make the video; SIGSEGV once it is delivered
 stop                     SIGSTOP before the first phase
 stop when idle           make the video; SIGSTOP once it is delivered
+deaf when idle           make the video, and ignore SIGTERM from then on
 hang                     ignore SIGTERM and sleep
 long [N]                 N (500) steps of 10 ms, which can be cancelled
 until cancelled          steps without end
@@ -300,6 +301,8 @@ def encode(job: Job, path: Path) -> None:
             place.symlink_to(rest)
     else:
         path.write_bytes(" ".join([job.shape.key, "by", str(os.getpid()), *child.seen]).encode())
+    if prompt == "deaf when idle":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if prompt in ("die when idle", "stop when idle"):
         number = signal.SIGSEGV if prompt == "die when idle" else signal.SIGSTOP
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))

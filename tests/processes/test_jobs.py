@@ -22,7 +22,7 @@ from ltx2_pool.words.outcomes import JobFailed, ProcessLost
 from ltx2_pool.words.protocol import Memory, Phase
 from tests.children import CONFINED, Gate, needs_landlock, until
 
-from .conftest import KEY, QUICK, SHAPE, Events, job, nothing, soon
+from .conftest import DEADLINE, KEY, QUICK, SHAPE, Events, job, nothing, soon
 
 MakeHost = Callable[..., Any]
 
@@ -442,6 +442,14 @@ async def test_a_process_that_ignores_sigterm_is_killed(make_host: MakeHost) -> 
         with pytest.raises(ProcessLost):
             await soon(running)
         assert await process.exited() == -signal.SIGKILL
+
+
+async def test_an_idle_process_ends_whatever_became_of_sigterm(make_host: MakeHost) -> None:
+    async with make_host(replace(QUICK, term=10 * DEADLINE)) as place:
+        process = await place.ready()
+        await place.make(process, "deaf when idle")
+        await soon(process.stop())
+        assert await process.exited() == 0
 
 
 async def test_killed_for_want_of_memory(make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
