@@ -78,7 +78,7 @@ def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int
         raise SettingsError(missing)
     chosen = devices.select(settings.devices)
     if settings.pool_mode:
-        _check_gangs(menu, len(chosen))
+        menu.check_devices(len(chosen))
     else:
         chosen = chosen[:1]
     settings.recipe.on(chosen[0].capability)
@@ -125,15 +125,6 @@ def _hold(chosen: Sequence[Device]) -> list[int]:
         for line in lock.neighbours(device):
             logging.warning("%s", line)
     return held
-
-
-def _check_gangs(menu: Menu, devices: int) -> None:
-    for offer in menu.offers:
-        if offer.gpus > devices:
-            raise SettingsError(
-                f"{offer.key} has gpus: {offer.gpus}, and this worker has {devices} devices: give it more "
-                "(--devices, LTX2_DEVICES), or take the shape off the menu"
-            )
 
 
 def _check_caches(settings: Settings, menu: Menu) -> dict[str, list[manifest.Mismatch]]:

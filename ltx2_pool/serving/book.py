@@ -177,7 +177,8 @@ class Book:
                     break
         process.ending = True
         starts = self.starts.setdefault(process.key, Starts(self.pauses))
-        if lost.reason in SHAPES_OWN_FAULT and lost.reason != "oom":
+        # Of several ranks whose start fails, which one is noticed first says nothing of its device.
+        if lost.reason in SHAPES_OWN_FAULT and lost.reason != "oom" and len(process.devices) == 1:
             self.devices.faulted(process.key, lost.devices or process.devices, now, lost.what)
         guilty = lost.reason in SHAPES_OWN_FAULT and (lost.reason != "oom" or alone)
         if guilty:
@@ -262,8 +263,9 @@ class Book:
         """Whether a device has faulted under the job before, and there are others: then it is the device's fault."""
         if lost.reason != "cuda_fault" or len(process.devices) == len(self.ledger.devices):
             return False
-        again = not ticket.faulty.isdisjoint(process.devices)
-        ticket.faulty.update(process.devices)
+        where = lost.devices or process.devices
+        again = not ticket.faulty.isdisjoint(where)
+        ticket.faulty.update(where)
         return again
 
     def end(self, process: Reservation) -> None:
@@ -289,8 +291,9 @@ class Book:
                 paused[key] = pause
         ahead: Sequence[Key] = () if self.closing else self.ahead
         helpers = helpers or {}
-        self.helpers_down = self.helpers_down or len(helpers) == len(self.ledger.devices)
+        self.devices.helpless = frozenset(helpers)
         out = {**self.devices.out(now), **helpers}
+        self.helpers_down = self.helpers_down or len(out) == len(self.ledger.devices)
         if not self.closing and not self.able():
             # Or it would never learn that it can.
             ahead = tuple(dict.fromkeys((*ahead, *self.starts, *self.keys)))
@@ -351,7 +354,8 @@ class Book:
         if len(ready) >= min(minimum, len(self.ahead)):
             return True
         starting = {r.key for r in live} - ready
-        tried = {key for key, starts in self.starts.items() if not starts.unavailable(now)}
+        left = len(self.devices.in_service(now))
+        tried = {k for k, starts in self.starts.items() if not starts.unavailable(now) and self.gpus.get(k, 1) <= left}
         if not (starting | tried).isdisjoint(set(self.ahead) - ready):
             return False
         return bool(ready) or self.able()

@@ -25,11 +25,12 @@ class Budgets:
         self._reserve = reserve
 
     def measure(self) -> None:
-        """Where a budget is not known, and the weights are there: what is free now, and what our processes hold."""
+        """Where a budget is not known, the weights are there, and no process starts, works or ends: what is free now,
+        and what our processes hold."""
         for device in self._devices:
             if self._host.lends and self._host.lending(device.id) is None:
                 continue
-            if self._ledger.budget(device.id) is None:
+            if self._ledger.budget(device.id) is None and self._ledger.still(device.id):
                 try:
                     self._ledger.set_budget(device.id, device.free(), int(self._reserve * device.share))
                 except DeviceError as error:

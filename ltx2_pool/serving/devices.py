@@ -32,6 +32,8 @@ class Devices:
         self._taken_out: list[str] = []
         self.suspects: set[str] = set()
         """Devices on which something faulted; whoever looks at them takes them off."""
+        self.helpless: frozenset[str] = frozenset()
+        """Devices on which what all starts need does not start: they are in nobody's service either."""
 
     def shun(self, key: Key, devices: tuple[str, ...]) -> None:
         """What the key's start needed did not start there: elsewhere it may."""
@@ -52,7 +54,7 @@ class Devices:
 
     def take_out(self, name: str, now: float, why: str) -> None:
         """Out of service with it, if another one is in service; until a pause is over."""
-        if name in self.out(now) or not self._faults.keys() - self.out(now).keys() - {name}:
+        if name in self.out(now) or not self.in_service(now) - {name}:
             return
         pause = min(self._pauses.first * 2.0 ** min(self._outages[name], 32), self._pauses.longest)
         self._outages[name] += 1
@@ -66,6 +68,10 @@ class Devices:
         for name in devices:
             self._faults[name].clear()
             self._outages[name] = 0
+
+    def in_service(self, now: float) -> set[str]:
+        """Those on which something can be started."""
+        return self._faults.keys() - self.out(now).keys() - self.helpless
 
     def out(self, now: float) -> dict[str, Pause]:
         """Those that are out of service."""

@@ -269,6 +269,10 @@ class Ledger:
             default=None,
         )
 
+    def still(self, device: str) -> bool:
+        """Whether what the processes on a device hold is known, and does not change."""
+        return not any(r.phase in ACTIVE or r.ending for r in self.reservations.values() if device in r.devices)
+
     def alone(self, entry: Reservation) -> bool:
         """Whether nobody else holds anything on its devices."""
         return not any(

@@ -80,8 +80,7 @@ class Pool:
         self._hot_enough = asyncio.Event()
         self._started = False
         self._closing: asyncio.Task[None] | None = None
-        self._progress = asyncio.Event()
-        """Set after every decision."""
+        self._progress = asyncio.Event()  # set after every decision
 
     # What the endpoint calls.
 
@@ -286,6 +285,7 @@ class Pool:
                 self._book.gone(entry)
                 self._handles.pop(entry.id, None)
                 self._lives.pop(entry.id, None)
+                self._budgets.measure()
                 self._decide()
 
     def _on_ready(self, entry: Reservation, handle: Process, ready: Ready) -> None:

@@ -334,6 +334,15 @@ class _Decision:
             if place := self._place(key, [device for device in self._usable(key) if device in quiet]):
                 self._spawn(key, place, warm=True, why="started ahead")
                 quiet.difference_update(place)
+            elif (count := self._count(key)) > 1:  # its devices are not quiet at once unless younger keys leave them
+                could = [device for device in self._usable(key) if self._could(key, device)]
+                if len(could) >= count:
+                    quiet.difference_update(sorted(could, key=self._crowd)[:count])
+
+    def _could(self, key: Key, device: str) -> bool:
+        """Whether a process of the key would have room there once what starts there has started."""
+        places = self._rooms[device].places
+        return (places is None or places > 0) and self._lasts(device, key, ())
 
     def _pause(self, key: Key) -> Pause | None:
         """Why no process of the key can be started now."""
@@ -345,7 +354,8 @@ class _Decision:
             if missing > len(back):
                 devices = f"{self._count(key)} devices, and this worker has {len(self._ledger.devices)}"
                 return Pause(float("inf"), f"unavailable: it needs {devices}")
-            return back[missing - 1]
+            patient = [pause for pause in back if not pause.refuse]  # of those, jobs wait for the end
+            return (patient if len(patient) >= missing else back)[missing - 1]
         pause = self._state.pauses.get(key)
         return pause if pause is not None and pause.until > self._state.now else None
 

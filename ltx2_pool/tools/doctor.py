@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -23,7 +24,7 @@ from ltx2_pool.tools import terminal
 from ltx2_pool.words import device
 from ltx2_pool.words.device import Device, DeviceError, main_memory
 from ltx2_pool.words.extras import missing_for
-from ltx2_pool.words.menu import Menu, MenuError
+from ltx2_pool.words.menu import MAX_GPUS, Menu, MenuError
 from ltx2_pool.words.settings import Settings, SettingsError
 
 PACKAGES = ("ai-dynamo", "fastvideo", "torch", "triton", "transformers", "av")
@@ -84,6 +85,11 @@ def _devices(settings: Settings, environment: Mapping[str, str]) -> Iterator[Fin
         cure = "a GPU or its driver is broken: no process would find it either; or name another in LTX2_DEVICES"
         yield Finding("device", "bad", str(error), cure)
         return
+    if len(devices) > 1 and not devices[0].is_gpu:
+        yield Finding(
+            "device", "note", f"{len(devices)} stand-ins: {', '.join(d.id for d in devices)}", "for tests only"
+        )
+        return
     if not devices[0].is_gpu:
         asked = environment.get("CUDA_VISIBLE_DEVICES")
         found = f"none is visible with CUDA_VISIBLE_DEVICES={asked!r}" if driver and asked is not None else "none"
@@ -136,6 +142,8 @@ def _menu(settings: Settings) -> Finding:
     try:
         menu = _load_menu(settings)
         menu.check_image(settings.image_shape_hash)
+        with contextlib.suppress(DeviceError):  # which is said elsewhere
+            menu.check_devices(len(device.select(settings.devices)) if settings.pool_mode else MAX_GPUS)
     except (MenuError, OSError) as error:
         return Finding("menu", "bad", str(error), "fix that line, or serve the menu that the image was baked for")
     return Finding("menu", "ok", f"{settings.shapes}: {len(menu.offers)} shapes, hash {menu.hash}")

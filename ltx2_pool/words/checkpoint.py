@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ class Checkpoint:
     """How it is known whether it is distilled."""
     layers: int
     """Blocks of the transformer."""
+    heads: int = 0
+    """Attention heads of the transformer, its audio's too: what divides both; 0 when its configuration does not say."""
     no_image: str = ""
     """Why it cannot start from a picture; empty when it can."""
     no_refine: str = ""
@@ -99,9 +102,15 @@ class Checkpoint:
             distilled=distilled,
             why=why,
             layers=_layers(transformer, path),
+            heads=_heads(transformer),
             no_image="" if encoder else "its VAE has no encoder",
             no_refine=_why_no_refine(path, index, encoder),
         )
+
+
+def _heads(transformer: dict[str, Any]) -> int:
+    names = ("num_attention_heads", "audio_num_attention_heads")
+    return math.gcd(*(heads for name in names if isinstance(heads := transformer.get(name), int)))
 
 
 def _layers(transformer: dict[str, Any], path: Path) -> int:

@@ -119,6 +119,9 @@ def select(asked: str, environment: Mapping[str, str] = os.environ) -> tuple[Dev
         for entry in entries:
             if not _STAND_IN.fullmatch(entry):
                 raise _wrong(asked, f"{entry!r} does not go with stand-ins, which are written cpu:0,cpu:1", there)
+        if there[0].is_gpu:
+            # "cpu" is all that a process sees, and here that is GPUs.
+            entries = ["cpu:0" if entry == CPU.id else entry for entry in entries]
         chosen = [Device(entry, "cpu", CPU.capability, share=1 / len(entries)) for entry in entries]
     else:
         chosen = [_named(entry, asked, there) for entry in entries]

@@ -128,6 +128,15 @@ class Menu:
                 return found
         raise KeyError(f"{key} is not on the menu: {', '.join(map(str, self.keys))}")
 
+    def check_devices(self, count: int) -> None:
+        """Raises MenuError when something needs more devices than these."""
+        for offer in self.offers:
+            if offer.gpus > count:
+                raise MenuError(
+                    f"{offer.key} has gpus: {offer.gpus}, and this worker has {count} device{'s' * (count != 1)}: "
+                    "give it more (--devices, LTX2_DEVICES), or take the shape off the menu"
+                )
+
     def check_image(self, image_hash: str | None) -> None:
         """Raise MenuError when the caches baked into this image (``IMAGE_SHAPE_HASH``) are for another menu."""
         if image_hash and image_hash != self.hash:
@@ -323,14 +332,17 @@ class _MenuReader:
             except ValueError as error:
                 self.fail(node, str(error))
         for shape in (offer.shape, *([offer.shape.half] if offer.refine else [])):
-            if shape.tokens % offer.gpus:  # FastVideo would pad them, and attention would see the padding
-                fitting = [str(gpus) for gpus in range(2, MAX_GPUS + 1) if not shape.tokens % gpus]
-                self.fail(
-                    node,
-                    f"{offer.shape.key} cannot be made by {offer.gpus} GPUs: its {shape.tokens} tokens"
-                    f"{' of the first stage' if shape != offer.shape else ''} cannot be divided evenly; "
-                    f"possible: {', '.join(fitting) or 'one GPU only'}",
-                )
+            heads = self.checkpoint.heads if self.checkpoint is not None else 0
+            # FastVideo would pad tokens, and attention would see the padding.
+            for count, what in ((shape.tokens, "tokens"), (heads, "attention heads of the checkpoint")):
+                if count % offer.gpus:
+                    fitting = [n for n in range(2, MAX_GPUS + 1) if not shape.tokens % n and not heads % n]
+                    self.fail(
+                        node,
+                        f"{offer.shape.key} cannot be made by {offer.gpus} GPUs: its {count} {what}"
+                        f"{' of the first stage' if shape != offer.shape else ''} cannot be divided evenly; "
+                        f"possible: {', '.join(map(str, fitting)) or 'one GPU only'}",
+                    )
         return offer
 
     def _variants(self, node: yaml.Node | None, model: str) -> list[tuple[str, yaml.Node]]:

@@ -73,6 +73,11 @@ async def red(reader: PictureReader) -> None:
         os.close(descriptor)
 
 
+def ended(process: psutil.Process) -> bool:
+    """Whether it has; whose orphan it became may not have reaped it yet."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 async def child_of(reader: PictureReader) -> psutil.Process:
     """Of the process that decodes, once it has one."""
     server = psutil.Process(reader.pid)
@@ -135,7 +140,7 @@ async def test_the_decoders_death_costs_nothing(make_reader):
         child = await child_of(reader)
         os.kill(reader.pid, signal.SIGKILL)
         os.close(await soon(reading))
-        assert not child.is_running()
+        await until(lambda: ended(child))
 
 
 async def test_a_decoder_that_is_stopped_is_replaced(make_reader, monkeypatch):
@@ -176,7 +181,7 @@ async def test_who_gives_up_leaves_nothing(make_reader):
         reading.cancel()
         await asyncio.wait([reading])
         assert open_files() == files
-        await until(lambda: not child.is_running())
+        await until(lambda: ended(child))
         await red(reader)
 
 

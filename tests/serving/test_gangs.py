@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ltx2_pool.serving import schedule
-from ltx2_pool.serving.actions import Start, Wake
+from ltx2_pool.serving.actions import Pause, Start, Wake
 from ltx2_pool.serving.book import Begin, Book
 from ltx2_pool.serving.breaker import THRESHOLD, Pauses
 from ltx2_pool.serving.devices import Devices
@@ -216,3 +216,86 @@ def test_of_a_gang_only_the_device_that_faulted_is_blamed():
         book.lost(process, ProcessLost("p", "cuda_fault", "it faulted", devices=("d1",)), 0.0)
         book.gone(process)
     assert book.devices.out(0.0).keys() == {"d1"}
+
+
+A = SINGLES[0]
+
+
+def book(*devices: str, budget: int | None = 100, **options: object) -> Book:
+    return Book(Ledger(dict.fromkeys(devices, budget)), Limits(), [A, GANG], gpus={GANG: 2}, **options)
+
+
+def admit(asked: Book, key: Key) -> list[object]:
+    answers: list[object] = []
+    asked.admit(Job("j", key.shape, "p", 1, 2, 1.0, 24), key, "", answers.append, 0.0)
+    return answers
+
+
+def test_a_device_without_weights_makes_the_other_one_the_last():
+    asked = book("d0", "d1")
+    asked.next_actions(0.0, {"d0": Pause(300.0, "no weights")})
+    asked.devices.take_out("d1", 0.0, "three faults")
+    assert not asked.devices.out(0.0)
+    assert asked.able()
+    asked.next_actions(0.0, {"d0": Pause(300.0, "no weights"), "d1": Pause(300.0, "no weights")})
+    assert not asked.able()
+
+
+def test_a_job_that_faults_other_devices_each_time_is_charged_in_gangs_that_overlap():
+    asked = book("d0", "d1", "d2")
+    answers = admit(asked, GANG)
+    for number, (place, bad) in enumerate(((("d0", "d1"), "d1"), (("d0", "d2"), "d2"))):
+        process = asked.ledger.reserve(100 + number, GANG, place)
+        asked.ready(process, MEMORY, 1.0)
+        assert any(isinstance(action, Start) for action in asked.next_actions(1.0))
+        charge = asked.lost(process, ProcessLost("p", "cuda_fault", "w", began=True, devices=(bad,)), 1.0)
+        asked.gone(process)
+    assert charge == "poisoned"
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize(("key", "place", "blamed"), [(GANG, ("d0", "d1"), False), (A, ("d0",), True)])
+@pytest.mark.parametrize("reason", ["spawn_timeout", "compile"])
+def test_the_rank_that_is_noticed_first_tells_nothing_of_its_device(reason, key, place, blamed):
+    asked = book("d0", "d1", "d2")
+    for number in range(THRESHOLD):
+        process = asked.ledger.reserve(number, key, place)
+        asked.start_failed(process, ProcessLost("p", reason, "w", devices=("d0",)), 0.0)
+        asked.gone(process)
+    assert ("d0" in asked.devices.out(0.0)) is blamed
+
+
+@pytest.mark.parametrize("back", [10.0, 40.0])
+def test_a_job_waits_for_weights_that_are_tried_again_whatever_else_is_out(back):
+    asked = book("d0", "d1")
+    answers = admit(asked, A)
+    asked.next_actions(0.0, {"d0": Pause(15.0, ""), "d1": Pause(back, "unavailable: d1 is out of service")})
+    assert answers == []
+
+
+def test_younger_keys_leave_a_gang_its_devices_when_they_are_started_ahead():
+    keys = [SINGLES[0], GANG, *SINGLES[1:]]
+    ledger = Ledger({"d0": 1000, "d1": 1000}, max_processes=2)
+    for key in keys:
+        ledger.observe(key, MEMORY)
+    asked = Book(ledger, Limits(), keys, ahead=keys, gpus={GANG: 2})
+    begun: list[Key] = []
+    starting: list[Reservation] = []
+    while True:
+        new = [action.process for action in asked.next_actions(0.0) if isinstance(action, Begin)]
+        begun += [process.key for process in new]
+        starting += new
+        if not starting:
+            break
+        asked.ready(starting.pop(0), MEMORY, 1.0)  # one after the other, as they become so
+    assert begun[:2] == [SINGLES[0], GANG]
+
+
+def test_a_budget_is_found_out_where_nothing_moves():
+    ledger = Ledger({"d0": None, "d1": None})
+    starting = ledger.reserve(1, A, ("d0",))
+    assert (ledger.still("d0"), ledger.still("d1")) == (False, True)
+    ledger.enter(starting, Phase.IDLE)
+    assert ledger.still("d0")
+    starting.ending = True
+    assert not ledger.still("d0")

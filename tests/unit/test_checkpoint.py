@@ -311,3 +311,9 @@ def test_of_two_upsamplers_the_one_counts_that_fastvideo_takes(model):
     assert fastvideos_rule()(str(model), {}) == str(model / "spatial_upscaler")
     with pytest.raises(CheckpointError, match="spatial_upscaler"):
         Checkpoint.read(model)
+
+
+def test_the_heads_that_ranks_can_share(model):
+    assert Checkpoint.read(model).heads == 0
+    change(model / "transformer" / "config.json", num_attention_heads=32, audio_num_attention_heads=24)
+    assert Checkpoint.read(model).heads == 8

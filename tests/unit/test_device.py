@@ -265,7 +265,7 @@ TWIN = Gpu("GPU-aa12")
         ("0", ["GPU-aa11"]),
         ("1, 0", ["GPU-aa12", "GPU-aa11"]),
         ("GPU-aa12", ["GPU-aa12"]),
-        ("cpu", ["cpu"]),
+        ("cpu", ["cpu:0"]),
         ("cpu:0,cpu:1,cpu:7", ["cpu:0", "cpu:1", "cpu:7"]),
     ],
 )
@@ -329,6 +329,12 @@ def test_stand_ins_share_main_memory(monkeypatch):
     install(monkeypatch)
     monkeypatch.setattr(device, "main_memory", lambda: 8 << 30)
     assert [one.free() for one in device.select("cpu:0,cpu:1,cpu:2,cpu:3", {})] == [2 << 30] * 4
+
+
+def test_the_cpu_of_a_host_with_gpus_is_a_stand_in_that_is_shown_none_of_them(monkeypatch):
+    install(monkeypatch, H100)
+    (chosen,) = device.select("cpu", {})
+    assert device.shown([chosen.id]) == {"CUDA_VISIBLE_DEVICES": "", "LTX2_DEVICES": "cpu:0"}
 
 
 @pytest.mark.parametrize(("ids", "gpus"), [("cpu:1", ""), ("GPU-aa11", "GPU-aa11"), ("MIG-cc31,MIG-cc32",) * 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -387,3 +388,12 @@ def test_what_the_checkpoint_cannot_do_is_refused_with_its_line(tmp_path, text, 
 def test_a_checkpoint_without_an_encoder_makes_every_offer_text_only(tmp_path):
     assert not any(offer.image for offer in load(tmp_path, VARIANTS, TEXT_ONLY).offers)
     assert all(offer.image for offer in load(tmp_path, "model: m\nshapes: [64x64@9]\n", DISTILLED).offers)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"), [(3, "its 32 attention heads .*; possible: 2$"), (4, "its 18 tokens .*; possible: 2$")]
+)
+def test_a_gang_divides_the_checkpoints_heads_as_well(tmp_path, gpus, said):
+    (tmp_path / "menu.yaml").write_text(f"model: m\nshapes: [{{shape: 96x96@9, gpus: {gpus}}}]\n")
+    with pytest.raises(MenuError, match=said):
+        Menu.load(tmp_path / "menu.yaml", replace(DISTILLED, heads=32))
