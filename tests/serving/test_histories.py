@@ -25,6 +25,7 @@ def part(begin: int) -> tuple[int, str] | None:
     return histories.broken(range(begin, min(begin + PART, HISTORIES)))
 
 
+@pytest.mark.timeout(1800)  # two minutes on two cores that nobody else uses
 def test_what_must_hold_holds_in_random_histories():
     """Never over budget, every job answered once, no lease lost, no job passed when its process is ready, no innocent
     refused; with arrivals, losses in every phase, cancels, out of memory, evictions, closes, one to eight devices,
