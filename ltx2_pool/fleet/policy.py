@@ -8,8 +8,8 @@ the policy is *least loaded*.
 
 Two preferences keep shapes together, and both are bounded. A cold start is charged twice, once for the client that
 waits for it and once for the shape that has to go for it, so a rare shape gets another copy only where that saves
-`TOLL` spawns and not some fraction of one. And among hot workers that are equally quick within `EVEN` seconds, the one
-is taken that rare shapes can best do without.
+`TOLL` spawns and not some fraction of one. And among workers that are equally quick within `EVEN` seconds, the one is
+taken that rare shapes can best do without: their processes are neither kept busy nor pushed out.
 """
 
 from __future__ import annotations
@@ -196,9 +196,8 @@ class Fleet:
         assert forecast is not None
         wait = max(0.0, view.done - now) if view.free <= 0 else 0.0
         # It would be refused there; but where that is all there is, the refusal is the answer.
-        toll = _REFUSED if key in forecast.unavailable else 0.0
+        toll = EVEN * view.needed + (_REFUSED if key in forecast.unavailable else 0.0)
         if key is None or key in view.keys:
-            toll += EVEN * view.needed
             if key is not None:
                 processes = forecast.processes.get(key) or 1
                 ahead = forecast.jobs.get(key, 0) + view.news.get(key, 0) - processes
