@@ -26,7 +26,7 @@ class Metrics:
         self.retries = Counter(
             "ltx2_router_retry_total", "Requests sent elsewhere after a worker was lost", registry=self.registry
         )
-        self.answers = Counter(
+        self.problems = Counter(
             "ltx2_router_problem_total",
             "Requests without a video: error, as the worker said; nobody, because no worker could be reached",
             ["problem"],
@@ -42,7 +42,7 @@ class Metrics:
         for reason in REASONS:
             self.choices.labels(reason)
         for problem in PROBLEMS:
-            self.answers.labels(problem)
+            self.problems.labels(problem)
         for key in shape_keys:
             self.wait.labels(key)
         self.set_workers(heard=0, unheard=0, lost=0)
@@ -51,3 +51,11 @@ class Metrics:
         """By state; ``lost`` are in one of the others as well."""
         for state, number in states.items():
             self.workers.labels(state).set(number)
+
+    def documented(self) -> list[tuple[str, str, tuple[str, ...], str]]:
+        """Name, type, labels and meaning of every series, for the RUNBOOK's table."""
+        return sorted(
+            (m._name + ("_total" if m._type == "counter" else ""), m._type, m._labelnames, m._documentation)
+            for m in vars(self).values()
+            if isinstance(m, Counter | Gauge)
+        )

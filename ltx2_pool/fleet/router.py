@@ -143,7 +143,7 @@ class Router:
                 if context.is_stopped():
                     return  # nobody is there to be told
                 if not is_loss(error) or began:
-                    self._metrics.answers.labels("error").inc()
+                    self._metrics.problems.labels("error").inc()
                     raise translate(error) from error
                 why = error
                 self._lost.add(worker)
@@ -156,7 +156,7 @@ class Router:
                 self._fleet.ended(sent)
         if context.is_stopped():
             return
-        self._metrics.answers.labels("nobody").inc()
+        self._metrics.problems.labels("nobody").inc()
         said = f"the last one was lost: {why}" if why is not None else "none is there"
         logger.error("request %s: no worker can take it; %s", context.id(), said)
         raise _http(503, "no worker can take the request now; try again")
