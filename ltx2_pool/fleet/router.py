@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,8 +109,9 @@ class Router:
         """One /v1/videos request; its context goes along, and with it metadata, request id and the client's leaving."""
         self.working += 1
         try:
-            async for item in self._pass_on(request, self._key_of(request), context):
-                yield item
+            async with contextlib.aclosing(self._pass_on(request, self._key_of(request), context)) as items:
+                async for item in items:
+                    yield item
         finally:
             self.working -= 1
 
@@ -122,7 +123,7 @@ class Router:
             return None
         return str(job.key)
 
-    async def _pass_on(self, request: Mapping[str, Any], key: str | None, context: Any) -> AsyncIterator[Any]:
+    async def _pass_on(self, request: Mapping[str, Any], key: str | None, context: Any) -> AsyncGenerator[Any]:
         tried: set[int] = set()
         why: Exception | None = None
         while len(tried) < self._attempts and not context.is_stopped():
@@ -137,8 +138,6 @@ class Router:
                     began = True
                     yield item
                 return
-            except GeneratorExit:
-                raise
             except Exception as error:
                 if context.is_stopped():
                     return  # nobody is there to be told
