@@ -232,6 +232,7 @@ def fleet(outcomes: Sequence[Outcome], about: str, path: Path) -> Path:
         step = max(1, len(waits) // 5000)  # a day has a million
         left.plot(waits[::step], 100 * above[::step], color=colour, label=outcome.policy)
     left.set_yscale("log")
+    left.set_xscale("symlog", linthresh=1)
     left.set_xlabel("seconds of wait (to the video, less its own seconds)")
     left.set_ylabel("% of videos that waited longer")
     left.set_xlim(left=0)
@@ -242,7 +243,7 @@ def fleet(outcomes: Sequence[Outcome], about: str, path: Path) -> Path:
         bars = right.bar(places + offset, [values[name] for values in figures], 0.38, label=name)
         right.bar_label(bars, fmt="%.0f", fontsize=8)
     right.set_xticks(places, [outcome.policy for outcome in outcomes])
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="upper right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
