@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from ltx2_pool.words.settings import option
+from ltx2_pool.words.option import option
 
 
 class GatewaySettings(BaseModel):

@@ -53,6 +53,7 @@ def main() -> int:
         "kinds": _kinds,
         "pictures": _pictures,
         "polling": _polling,
+        "fleet": _fleet,
         "menu-report": _menu_report,
     }
     arguments = options.parser(PROGRAM, __doc__ or "", commands).parse_args()
@@ -239,6 +240,22 @@ def _compare_stock(arguments: argparse.Namespace, menu: Menu, console: Console) 
 
 def _menu_report(arguments: argparse.Namespace, console: Console) -> int:
     advice.show(advice.report(advice.read(arguments.source)), console)
+    return 0
+
+
+def _fleet(arguments: argparse.Namespace, console: Console) -> int:
+    from ltx2_pool.tools.bench import fleet
+
+    try:
+        question = fleet.ask(arguments)
+    except ValueError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    with console.status(f"simulating {arguments.workers} workers for {arguments.duration / 3600:g} h"):
+        outcomes = fleet.run(question)
+    fleet.show(outcomes, console)
+    for path in fleet.write(outcomes, question, arguments.out):
+        console.print(f"wrote {path}")
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 from ltx2_pool.serving.actions import Action, Evict, Pause, Refuse, Spawn, Start, State, Wake
 from ltx2_pool.serving.breaker import Pauses, Starts
 from ltx2_pool.serving.devices import Devices
+from ltx2_pool.serving.durations import Durations
 from ltx2_pool.serving.ledger import Ledger, Phase, Reservation
 from ltx2_pool.serving.poisons import POISON_SECONDS, Poisons
 from ltx2_pool.serving.schedule import decide
@@ -87,8 +88,7 @@ class Book:
         self._numbers = itertools.count()
         self._process_numbers = itertools.count()
         self._poisons = Poisons()
-        self._seconds: dict[Key, float] = {}
-        self._spawn_seconds: dict[Key, float] = {}
+        self.durations = Durations()
 
     # Jobs come and go.
 
@@ -164,7 +164,7 @@ class Book:
             self.devices.well(process.key, process.devices)
         if not process.ending:
             self.ledger.enter(process, Phase.IDLE)
-        self._spawn_seconds[process.key] = seconds
+        self.durations.ready(process.key, seconds)
 
     def start_failed(self, process: Reservation, lost: ProcessLost, now: float) -> bool:
         """A process was lost before it took jobs. Returns whether that is held against the shape."""
@@ -202,8 +202,7 @@ class Book:
         ticket.process = None
         self.starts.pop(process.key, None)
         self.devices.well(process.key, process.devices)
-        before = self._seconds.get(process.key, seconds)
-        self._seconds[process.key] = (before + seconds) / 2
+        self.durations.made(process.key, seconds, first=ticket.cold)
         self._free(process, memory, made=True)
         self._answer(ticket, video)
         return wanted
@@ -308,7 +307,7 @@ class Book:
                     todo.append(Begin(process, action.warm, action.why))
                     continue
                 case Start():
-                    self._start(action)
+                    self._start(action, now)
                 case Evict():
                     action.process.ending = True
                 case Refuse():
@@ -319,13 +318,14 @@ class Book:
             todo.append(action)
         return todo
 
-    def _start(self, action: Start) -> None:
+    def _start(self, action: Start, now: float) -> None:
         ticket = action.job
         assert isinstance(ticket, Ticket)
         self.waiting.remove(ticket)
         self._turns.serve(ticket.turn)
         ticket.process = action.process
         ticket.attempts += 1
+        ticket.began, ticket.cold = now, action.phase is Phase.SPAWNING
         self.running[action.process.id] = ticket
         self.ledger.enter(action.process, action.phase, alone=ticket.alone)
 
@@ -363,8 +363,8 @@ class Book:
     def expected_wait(self) -> float:
         """Seconds that a job admitted now would wait for the jobs before it, by what their shapes took lately."""
         jobs = Counter(ticket.key for ticket in (*self.waiting, *self.running.values()))
-        work = sum(self._seconds.get(key, 0.0) * count * self.gpus.get(key, 1) for key, count in jobs.items())
-        cold = sum(self._spawn_seconds.get(key, 0.0) for key in jobs if not self._serves(key))
+        work = sum(self.durations.videos.get(key, 0.0) * count * self.gpus.get(key, 1) for key, count in jobs.items())
+        cold = sum(self.durations.spawn(key) for key in jobs if not self._serves(key))
         return work / self.ledger.leases + cold
 
     def _serves(self, key: Key) -> bool:

@@ -22,7 +22,7 @@ from ltx2_pool.serving.descriptors import Descriptors, Exhausted
 from ltx2_pool.serving.exits import BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.handler import Counters, VideoHandler
 from ltx2_pool.serving.intake import Intake
-from ltx2_pool.serving.names import Names
+from ltx2_pool.serving.names import BehindRouter, Names
 from ltx2_pool.serving.presence import Absent
 from ltx2_pool.serving.threads import Lane
 from ltx2_pool.serving.traffic import Traffic
@@ -151,7 +151,9 @@ class Worker:
         self._namespace = get_worker_namespace(settings.namespace)
         path = f"{self._namespace}.{settings.component}.{settings.endpoint}"
         names = [self._model, *menu.models[1:]]
-        self._names = Names(runtime, path, names, str(settings.model), settings.discovery)
+        self._names: Names | BehindRouter = Names(runtime, path, names, str(settings.model), settings.discovery)
+        if settings.router:
+            self._names = BehindRouter(runtime, path, names, pool.status, settings.discovery)
         self._ending: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._aborted = asyncio.Event()
         self._serving: asyncio.Future[Any] | None = None

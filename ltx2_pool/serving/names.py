@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
@@ -68,3 +68,42 @@ class Names:
         finally:
             for one in keeping:
                 one.cancel()
+
+
+FORECASTS = "_forecast"
+"""Behind the name of a worker's endpoint: that of the one at which a router asks how it is."""
+
+
+class BehindRouter:
+    """The same for a worker that a router sends its jobs to: in discovery without a model, and asked how it is."""
+
+    def __init__(
+        self, runtime: Any, path: str, models: Sequence[str], status: Callable[[], dict[str, Any]], discovery: str
+    ) -> None:
+        """`status` is the pool's; its forecast is what a router gets."""
+        self.models = tuple(models)
+        self.endpoint = runtime.endpoint(path)
+        self._forecasts = runtime.endpoint(path + FORECASTS)
+        self._status = status
+        self._presence = presence(DynamoDirectory(self.endpoint, self.register), discovery)
+
+    async def register(self) -> None:
+        """The router does."""
+
+    async def serve(self, handler: Callable[..., Any]) -> None:
+        """As :meth:`Names.serve`."""
+        await asyncio.gather(
+            self.endpoint.serve_endpoint(handler, graceful_shutdown=True),
+            self._forecasts.serve_endpoint(self._forecast, graceful_shutdown=True),
+        )
+
+    async def _forecast(self, _request: object, _context: object = None) -> AsyncIterator[dict[str, Any]]:
+        yield self._status().get("forecast", {})
+
+    async def want(self, wanted: bool) -> None:
+        """As :meth:`Names.want`."""
+        await self._presence.want(wanted)
+
+    async def keep(self) -> None:
+        """As :meth:`Names.keep`."""
+        await self._presence.keep()

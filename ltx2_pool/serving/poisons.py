@@ -25,7 +25,7 @@ class Poisons:
 
     def left(self, job: Job, now: float) -> float:
         """Seconds for which such a job is refused."""
-        return max(0.0, self._until.get(parameters(job), now) - now)
+        return max(0.0, self._until.get(parameters(job), now) - now) if self._until else 0.0
 
 
 def parameters(job: Job) -> Job:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ltx2_pool.processes.host import Host, Process
 from ltx2_pool.serving.book import Book, Charge
+from ltx2_pool.serving.forecast import forecast
 from ltx2_pool.serving.ledger import Phase, Reservation
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.tickets import Ticket
@@ -165,6 +166,7 @@ class Report:
             "waiting_by_shape": dict(Counter(str(ticket.key) for ticket in book.waiting)),
             "running": len(book.running),
             "leases": sum(r.phase is Phase.GENERATING for r in entries.values()),
+            "forecast": forecast(book, now).said(),
             "expected_wait_s": round(book.expected_wait(), 3),
             "helpers": self._host.pids,
             "processes": [

@@ -44,6 +44,10 @@ class Ticket(Waiting):
     answered: bool = False
     process: Reservation | None = None
     """Where it is being made."""
+    began: float = 0.0
+    """Since when it is being made there."""
+    cold: bool = False
+    """It is its process's first."""
     faults: int = 0
     faulty: set[str] = field(default_factory=set)
     """Devices that faulted under it."""

@@ -5,21 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ltx2_pool.words.checkpoint import Checkpoint, CheckpointError, Kind
+from ltx2_pool.words.option import DISCOVERY, Discovery, boolean, discovery, option
 from ltx2_pool.words.pictures import PictureLimits
 from ltx2_pool.words.recipe import AttentionKernel, Recipe, VideoCodec, VideoPreset, VideoSettings
-
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
-
-
-def option(
-    default: Any, env: str, help: str, flag: str | None = None, metavar: str | None = None, **limits: Any
-) -> Any:
-    return Field(default, description=help, json_schema_extra={"env": env, "flag": flag, "metavar": metavar}, **limits)
 
 
 class Settings(BaseModel):
@@ -312,24 +305,21 @@ class Settings(BaseModel):
     )
     component: str = option("video", "LTX2_COMPONENT", "Dynamo component", flag="--component")
     endpoint: str = option("generate", "LTX2_ENDPOINT", "Dynamo endpoint", flag="--endpoint")
-    discovery_backend: Literal["kubernetes", "etcd", "file", "mem"] | None = option(
-        None,
-        "DYN_DISCOVERY_BACKEND",
-        "Dynamo discovery: kubernetes, etcd, file or mem (default: kubernetes inside a cluster, file elsewhere)",
-        flag="--discovery-backend",
+    router: bool = option(
+        False,
+        "LTX2_ROUTER",
+        "1: behind ltx2-router, which registers the model in the worker's place; 0: the worker does, for the frontend",
+        flag="--router",
     )
+    discovery_backend: Discovery | None = option(None, **DISCOVERY)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option(
         "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR; prompts are logged at DEBUG only", flag="--log-level"
     )
 
-    @field_validator("pool_mode", "warm", "compile", "deterministic", "enable_optimizations", mode="before")
+    @field_validator("pool_mode", "warm", "router", "compile", "deterministic", "enable_optimizations", mode="before")
     @classmethod
     def _boolean(cls, value: object) -> object:
-        if isinstance(value, str):
-            if value.strip().lower() in _TRUE + _FALSE:
-                return value.strip().lower() in _TRUE
-            raise ValueError(f"{value!r} is neither 1 nor 0")
-        return value
+        return boolean(value)
 
     @field_validator("prewarm")
     @classmethod
@@ -371,7 +361,7 @@ class Settings(BaseModel):
     @property
     def discovery(self) -> str:
         """The discovery backend to use, the default resolved."""
-        return self.discovery_backend or ("kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else "file")
+        return discovery(self.discovery_backend)
 
     def checkpoint(self) -> Checkpoint:
         """What the model directory holds. Raises SettingsError when it cannot be served."""

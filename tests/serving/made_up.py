@@ -68,6 +68,10 @@ class MadeUpPool:
         self.steps = asyncio.Event()
         self.ready = asyncio.Event()
         self.ready.set()
+        self.hot: list[str] = []
+        """Keys that it has made, the last one last: the last K stay hot."""
+        self.places = int(os.environ.get("MADE_UP_PLACES", "100"))
+        self.cold = 0
         self.closes = 0
         self.closing = False
         self.drain_timeout = -1.0
@@ -102,6 +106,9 @@ class MadeUpPool:
             raise PoolClosed("the worker is shutting down")
         if job.prompt in FAILURES:
             raise FAILURES[job.prompt](job)
+        if (key := str(job.key)) not in self.hot:
+            self.cold += 1
+        self.hot = [*(other for other in self.hot if other != key), key][-self.places :]
         on_event(Phase(job_id=job.id, phase="text"))
         for done in range(job.steps):
             on_event(Step(job_id=job.id, done=done, total=job.steps))
@@ -140,7 +147,9 @@ class MadeUpPool:
         self.release(PoolClosed("aborted"))
 
     def status(self) -> dict[str, Any]:
-        return {"running": len(self.held), "last_errors": ["disk on fire"]}
+        running = len(self.held)
+        forecast = {"leases": 1, "free": 1 - running, "work": 1.0 * running, "processes": dict.fromkeys(self.hot, 1)}
+        return {"running": running, "last_errors": ["disk on fire"], "forecast": forecast, "cold": self.cold}
 
 
 class Counts:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 
 import pytest
+from rich.console import Console
 
+from ltx2_pool.fleet.rivals import POLICIES
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.tools import stack
-from ltx2_pool.tools.bench import advice, image, load
+from ltx2_pool.tools.bench import advice, fleet, image, load, options
 from ltx2_pool.tools.bench.results import Level, Record, Result
 from ltx2_pool.words.menu import Menu
 
@@ -125,3 +128,23 @@ def test_without_traffic_there_is_no_advice():
 def test_the_page_of_something_else_is_refused(text):
     with pytest.raises(advice.AdviceError):
         advice.report(text)
+
+
+def test_a_simulated_fleet_is_shown_written_and_drawn(tmp_path, capsys):
+    options_ = ["--workers", "2", "--keys", "4", "--places", "2", "--duration", "300", "--load", "0.3"]
+    commands = dict.fromkeys(
+        ("load", "image", "compare", "spawn", "chaos", "fuzz", "kinds", "pictures", "polling", "fleet", "menu-report"),
+        lambda *_: 0,
+    )
+    arguments = options.parser("benchmark.py", "", commands).parse_args(["fleet", *options_, "--out", str(tmp_path)])
+    question = fleet.ask(arguments)
+    outcomes = [fleet.answer(question, policy) for policy in POLICIES]
+    assert len({outcome.asked for outcome in outcomes}) == 1
+    fleet.show(outcomes, Console(width=150))
+    assert "spawns per 1,000 videos" in capsys.readouterr().out
+    report, picture = fleet.write(outcomes, question, tmp_path)
+    assert json.loads(report.read_text())["policies"]["ours"]["asked"] == outcomes[0].asked > 0
+    assert picture.stat().st_size > 10_000
+    arguments.keys = 31
+    with pytest.raises(ValueError, match="there are 1 to 30 to choose from, not 31"):
+        fleet.ask(arguments)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from ltx2_pool.fleet.settings import RouterSettings
 from ltx2_pool.gateway.settings import GatewaySettings
 from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.settings import Settings
@@ -50,7 +51,7 @@ def test_every_setting_that_is_named_exists(document):
     named = set(re.findall(r"\bLTX2_[A-Z0-9_]+\b", (REPOSITORY / document).read_text()))
     known = {
         field.json_schema_extra["env"]  # type: ignore[index]
-        for of in (Settings, GatewaySettings)
+        for of in (Settings, GatewaySettings, RouterSettings)
         for field in of.model_fields.values()
     }
     assert named <= known | DEPLOYMENT_SETTINGS

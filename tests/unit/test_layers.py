@@ -16,7 +16,7 @@ import pytest
 from tests.paths import REPOSITORY
 
 PACKAGE = REPOSITORY / "ltx2_pool"
-WINGS = ("words", "model", "processes", "caches", "serving", "gateway", "tools", "programs")
+WINGS = ("words", "model", "processes", "caches", "serving", "fleet", "gateway", "tools", "programs")
 """From the bottom up: a wing imports from those before it, and from itself."""
 VIDEO = {"torch", "numpy", "av", "fastvideo", "transformers"}
 LINES = 400

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ltx2_pool.fleet import arrivals
 from ltx2_pool.tools import stack
 from ltx2_pool.tools.bench import rivals
 from ltx2_pool.words.shapes import Shape
@@ -164,6 +165,8 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     polling.add_argument("--duration", type=_amount, default=20, metavar="S", help="[%(default)s]")
     polling.add_argument("--max-ratio", type=_amount, default=50, metavar="X", help="exit 1 above it [%(default)s]")
 
+    _fleet_options(several.add_parser("fleet", help="routing for many workers, simulated"), commands["fleet"])
+
     seven = several.add_parser("menu-report", help="which shapes earn their memory, from a worker's counters")
     seven.set_defaults(run=commands["menu-report"])
     seven.add_argument(
@@ -174,6 +177,34 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
         help="http://HOST:DYN_SYSTEM_PORT/metrics, or a saved page of it",
     )
     return top
+
+
+def _fleet_options(fleet: argparse.ArgumentParser, run: Command) -> None:
+    fleet.set_defaults(run=run)
+    fleet.description = (
+        "The real routing policy, and the real queue, ledger and decision of every worker, under a simulated clock: "
+        "beside round robin and least loaded, on the same arrivals, with an H200's times."
+    )
+    fleet.add_argument("--workers", type=_count, default=100, metavar="N", help="[%(default)s]")
+    fleet.add_argument("--devices", type=_count, default=1, metavar="N", help="of each worker [%(default)s]")
+    fleet.add_argument("--keys", type=_count, default=30, metavar="N", help="on the menu, 30 at most [%(default)s]")
+    fleet.add_argument("--places", type=_count, default=10, metavar="K", help="keys that fit a device [%(default)s]")
+    fleet.add_argument("--duration", type=_amount, default=arrivals.DAY, metavar="S", help="simulated [a day]")
+    fleet.add_argument("--pattern", choices=arrivals.PATTERNS, default="day", help="of the arrivals [%(default)s]")
+    fleet.add_argument(
+        "--load",
+        type=_amount,
+        default=0.5,
+        metavar="X",
+        help="mean share of device time that is asked for [%(default)s]",
+    )
+    fleet.add_argument(
+        "--losses", type=float, default=0.5, metavar="X", help="workers lost, for each worker and day [%(default)s]"
+    )
+    fleet.add_argument("--rolling-restarts", type=int, default=1, metavar="N", help="in that time [%(default)s]")
+    fleet.add_argument("--routers", type=_count, default=1, metavar="N", help="side by side [%(default)s]")
+    fleet.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
+    fleet.add_argument("--out", type=Path, default=Path("fleet-out"), metavar="DIR", help="[%(default)s]")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of ``benchmark.py load``, and that of ``compare --stock``."""
+"""The pictures of ``benchmark.py load``, and those of ``compare --stock`` and ``fleet``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from ltx2_pool.tools.bench.client import Sample
 
 if TYPE_CHECKING:
+    from ltx2_pool.fleet.simulator import Outcome
     from ltx2_pool.tools.bench.results import Result
     from ltx2_pool.tools.bench.stock import Row
 
@@ -220,6 +221,34 @@ def _bar(axes: Any, at: int, row: Row, highest: float) -> None:
     if row.ratio_to_stock is not None and row.way != "stock":
         label = f"{row.ratio_to_stock:.2f} × stock\n{label}"
     axes.text(at, bottom + 0.02 * highest, label, ha="center", va="bottom", fontsize=9)
+
+
+def fleet(outcomes: Sequence[Outcome], about: str, path: Path) -> Path:
+    """The share of videos that waited longer than so long, by policy; beside it spawns and cold hits."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1), layout="constrained")
+    for outcome, colour in zip(outcomes, (WAIT, COLD, HOT), strict=True):
+        waits = np.sort(np.asarray(outcome.waits))
+        above = 1 - np.arange(len(waits)) / max(1, len(waits))
+        step = max(1, len(waits) // 5000)  # a day has a million
+        left.plot(waits[::step], 100 * above[::step], color=colour, label=outcome.policy)
+    left.set_yscale("log")
+    left.set_xscale("symlog", linthresh=1)
+    left.set_xlabel("seconds of wait (to the video, less its own seconds)")
+    left.set_ylabel("% of videos that waited longer")
+    left.set_xlim(left=0)
+    left.legend(frameon=False)
+    figures = [outcome.figures() for outcome in outcomes]
+    places = np.arange(len(outcomes))
+    for offset, name in ((-0.2, "spawns per 1,000 videos"), (0.2, "p99 wait s")):
+        bars = right.bar(places + offset, [values[name] for values in figures], 0.38, label=name)
+        right.bar_label(bars, fmt="%.0f", fontsize=8)
+    right.set_xticks(places, [outcome.policy for outcome in outcomes])
+    right.legend(frameon=False, fontsize=8, loc="upper right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.suptitle(f"Routing: {about}", fontweight="bold")
+    return _save(figure, path)
 
 
 def _spans(samples: Sequence[Sample], key: str) -> Iterator[tuple[float, float, str]]:

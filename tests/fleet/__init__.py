@@ -1,0 +1,1 @@
+"""Routing for many workers."""
