@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 
+from ltx2_pool.gateway.threads import Threads
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 PIECE = 256 * 1024
 """Bytes that are read at a time."""
+READ_TIMEOUT = 15.0
+WRITE_TIMEOUT = 120.0
+REMOVE_TIMEOUT = 30.0
+"""Seconds that the store has for one step."""
+THREADS = 32
 
 
 @dataclass(frozen=True)
@@ -26,33 +37,53 @@ class Stored:
 
 
 class Content:
-    """Files below one directory of a store: ``<job>/<name>``. Raises OSError, and what else a store's client throws."""
+    """Files below one directory of a store: ``<job>/<name>``.
+
+    Raises OSError, of which TimeoutError is one, and what else a store's client throws.
+    """
 
     def __init__(self, url: str) -> None:
         self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._local = "file" in self._fs.protocol
+        self._threads = Threads(THREADS)
+
+    async def run(self, timeout: float, path: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what uses a file in a thread. While a job's files hang, only that job's callers are told so."""
+        return await self._threads.run(timeout, path.partition("/")[0], function, *args, **kwargs)
 
     async def write(self, path: str, data: bytes) -> Stored:
-        """A new file. Until this returns nobody knows its name, so half a file is never read."""
-        return await asyncio.to_thread(self._write, path, data)
+        """A file, which is there as a whole or not at all."""
+        return await self.run(WRITE_TIMEOUT, path, self._write, path, data)
 
     def _write(self, path: str, data: bytes) -> Stored:
-        self._fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
-        with self._fs.open(self._full(path), "wb") as file:
-            file.write(data)
-            file.flush()
-            if "file" in self._fs.protocol:  # on the disk before the job is called completed
-                os.fsync(file.fileno())
+        full = self._full(path)
+        self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+        if self._local:
+            _write_file(Path(full), data)
+        else:  # one put, which a store shows when it is done
+            self._fs.pipe_file(full, data)
         return Stored(path, len(data), hashlib.sha256(data).hexdigest())
 
     async def read(self, path: str, start: int, stop: int) -> AsyncIterator[bytes]:
         """Open a file; then its bytes from `start` to before `stop`, in pieces."""
-        file = await asyncio.to_thread(self.open, path, start)
-        return _pieces(file, stop - start)
+        file = await self.run(READ_TIMEOUT, path, self.open, path, start)
+        return self._pieces(path, file, stop - start)
+
+    async def _pieces(self, path: str, file: Any, left: int) -> AsyncIterator[bytes]:
+        try:
+            while left:
+                piece = await self.run(READ_TIMEOUT, path, file.read, min(PIECE, left))
+                if not piece:
+                    raise OSError("the file is shorter than it was")
+                left -= len(piece)
+                yield piece
+        finally:
+            self._threads.begin(file.close)
 
     def open(self, path: str, start: int = 0) -> Any:
         """A file to read in a thread."""
         # Store clients read ahead by megabytes, which is memory for each client; a local file needs none.
-        options = {} if "file" in self._fs.protocol else {"block_size": 4 * PIECE}
+        options = {} if self._local else {"block_size": 4 * PIECE}
         file = self._fs.open(self._full(path), "rb", **options)
         file.seek(start)
         return file
@@ -66,13 +97,24 @@ class Content:
     async def size(self, path: str) -> int | None:
         """Bytes; None when there is no such file."""
         try:
-            return int(await asyncio.to_thread(self._fs.size, self._full(path)))
+            return int(await self.run(READ_TIMEOUT, path, self._fs.size, self._full(path)))
         except FileNotFoundError:
             return None
 
     async def remove(self, path: str) -> None:
         """A file, or all files of a job; nothing when there is none."""
-        await asyncio.to_thread(self._remove, path)
+        await self.run(REMOVE_TIMEOUT, path, self._remove, path)
+
+    async def remove_others(self, path: str) -> None:
+        """Videos beside this one, and what was to become one."""
+        await self.run(REMOVE_TIMEOUT, path, self._remove_others, path)
+
+    def _remove_others(self, path: str) -> None:
+        directory, _, own = path.rpartition("/")
+        for found in self._fs.ls(self._full(directory), detail=False):
+            name = str(found).rpartition("/")[2]
+            if name != own and ".mp4" in name:
+                self._remove(f"{directory}/{name}")
 
     def _remove(self, path: str) -> None:
         try:
@@ -84,13 +126,21 @@ class Content:
         return f"{self._root}/{path}"
 
 
-async def _pieces(file: Any, left: int) -> AsyncIterator[bytes]:
+def _write_file(path: Path, data: bytes) -> None:
+    """On the disk, its name too, before anybody is told of it."""
+    being_written = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        while left:
-            piece = await asyncio.to_thread(file.read, min(PIECE, left))
-            if not piece:
-                raise OSError("the file is shorter than it was")
-            left -= len(piece)
-            yield piece
+        with being_written.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        being_written.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            being_written.unlink()
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
     finally:
-        await asyncio.to_thread(file.close)
+        os.close(directory)

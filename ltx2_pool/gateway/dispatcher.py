@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ltx2_pool.gateway.content import Content
+from ltx2_pool.gateway.content import Content, Stored
 from ltx2_pool.gateway.jobs import Claimed
 from ltx2_pool.gateway.metrics import GatewayMetrics
 from ltx2_pool.gateway.news import News
 from ltx2_pool.gateway.settings import GatewaySettings
-from ltx2_pool.gateway.store import Store, StoreError
+from ltx2_pool.gateway.store import Refused, Store, StoreError
 from ltx2_pool.gateway.upstream import Busy, Failed, Lost
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,13 @@ class _Work:
     token: str
     progress: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    stored: Stored | None = None
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def path(self) -> str:
+        """Where its video goes: no two dispatchers ever write, or remove, the same file."""
+        return f"{self.job.id}/{self.token}.mp4"
 
 
 class Dispatcher:
@@ -72,6 +78,7 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._sweep_now = asyncio.Event()
         self._works: dict[str, tuple[_Work, asyncio.Task[None]]] = {}
+        """By token: after a pause that was too long, this dispatcher may take over its own job."""
         self._loops: list[asyncio.Task[None]] = []
         self.typical = 0.0
         """Seconds that a job takes here, as a moving average; 0 when nobody knows."""
@@ -88,8 +95,9 @@ class Dispatcher:
 
     def stop_deleted(self, id: str) -> None:
         """A job was deleted: stop it if it is in work here, and remove what is left of it."""
-        if id in self._works:
-            self._works[id][0].news.set()
+        for work, _ in self._works.values():
+            if work.job.id == id:
+                work.news.set()
         self._sweep_now.set()
 
     async def close(self) -> None:
@@ -119,7 +127,7 @@ class Dispatcher:
             else:
                 self._metrics.attempts.labels("first").inc()
             work = _Work(job, token)
-            self._works[job.id] = (work, asyncio.create_task(self._work(work)))
+            self._works[token] = (work, asyncio.create_task(self._work(work)))
             self._metrics.in_work.set(len(self._works))
             self._news.tell(job.id)
 
@@ -129,9 +137,15 @@ class Dispatcher:
             self._metrics.ended.labels("timeout").inc()
             logger.error("job %s was not made in time", id)
             self._news.tell(id)
-        while remains := await self._store.remains():
+        stuck: list[str] = []
+        while remains := await self._store.remains(skip=stuck):
             for id, expired in remains:
-                await self._content.remove(id)
+                try:
+                    await self._content.remove(id)
+                except Exception as error:
+                    logger.error("job %s cannot be removed yet: %s: %s", id, type(error).__name__, error)
+                    stuck.append(id)
+                    continue
                 if await self._store.forget(id):
                     self._metrics.ended.labels("expired" if expired else "deleted").inc()
                     logger.info("job %s is removed (%s)", id, "expired" if expired else "deleted")
@@ -152,12 +166,13 @@ class Dispatcher:
                 await self._abandoned(work)
         except asyncio.CancelledError:  # the gateway is closing
             await _ended(making)
-            with contextlib.suppress(StoreError):
-                await self._store.release(job.id, work.token, 0, counted=False)
+            with contextlib.suppress(Exception):
+                if await self._store.release(job.id, work.token, 0, counted=False) and work.stored is not None:
+                    await self._content.remove(work.path)
             raise
         finally:
             await _ended(beating)
-            del self._works[job.id]
+            del self._works[work.token]
             self._metrics.in_work.set(len(self._works))
             self._wake.set()
             self._news.tell(job.id)
@@ -194,15 +209,12 @@ class Dispatcher:
         job = work.job
         if job.attempts > self._settings.attempts:
             raise Failed("server_error", f"the video was begun {job.attempts - 1} times, and lost each time")
-        if job.attempts > 1:  # what others may have written, and not told anybody
-            with _storing():
-                await self._content.remove(job.id)
         async with asyncio.timeout(max(0, job.left)):
             return await self._maker.make(job.body, on_progress)
 
-    async def _settled(self, work: _Work, making: asyncio.Task[bytes]) -> None:
+    async def _settled(self, work: _Work, making: asyncio.Future[bytes]) -> None:
         """Write the outcome down, for as long as the database needs and the claim is ours."""
-        pause = 0.1
+        pause, refused = 0.1, False
         while True:
             try:
                 await self._outcome(work, making)
@@ -211,19 +223,28 @@ class Dispatcher:
                 logger.info("job %s: what came of it counts for nothing, it was deleted or taken over", work.job.id)
                 await self._abandoned(work)
                 return
+            except Refused as error:
+                logger.error("job %s: the database does not take its outcome: %s", work.job.id, error)
+                if refused:
+                    return  # the claim runs out
+                refused, making = (
+                    True,
+                    _failing(Failed("server_error", "the gateway failed: the database does not take the outcome")),
+                )
             except StoreError as error:
                 logger.error("job %s: its outcome is not written yet: %s", work.job.id, error)
             await asyncio.sleep(pause)
             pause = min(5, 2 * pause)
 
-    async def _outcome(self, work: _Work, making: asyncio.Task[bytes]) -> None:
+    async def _outcome(self, work: _Work, making: asyncio.Future[bytes]) -> None:
         job, retention = work.job, self._settings.retention
         try:
             data = making.result()
-            path = f"{job.id}/{work.token}.mp4"
-            with _storing():
-                stored = await self._content.write(path, data)
-            ours = await self._store.complete(job.id, work.token, path, stored.size, stored.etag, retention)
+            if work.stored is None:
+                with _storing():
+                    work.stored = await self._content.write(work.path, data)
+            stored = work.stored
+            ours = await self._store.complete(job.id, work.token, work.path, stored.size, stored.etag, retention)
             if ours:
                 took = time.monotonic() - work.began
                 self.typical = took if not self.typical else 0.8 * self.typical + 0.2 * took
@@ -231,6 +252,9 @@ class Dispatcher:
                 self._metrics.seconds.observe(max(0.0, self._settings.job_timeout - job.left + took))
                 self._metrics.bytes.inc(stored.size)
                 logger.info("job %s done seconds=%.3f bytes=%d attempt=%d", job.id, took, stored.size, job.attempts)
+                if job.attempts > 1:  # what others wrote, and nobody will ever name
+                    with contextlib.suppress(Exception):
+                        await self._content.remove_others(work.path)
         except Failed as failed:
             ours = await self._fail(work, failed.code, failed.message)
         except TimeoutError:
@@ -252,7 +276,7 @@ class Dispatcher:
             raise _NoLongerOurs
 
     async def _fail(self, work: _Work, code: str, message: str) -> bool:
-        ours = await self._store.fail(work.job.id, work.token, code, message[:2000], self._settings.retention)
+        ours = await self._store.fail(work.job.id, work.token, code, message, self._settings.retention)
         if ours:
             self._metrics.ended.labels("timeout" if code == "timeout" else "failed").inc()
             logger.warning("job %s failed: %s: %s", work.job.id, code, message)
@@ -268,7 +292,9 @@ class Dispatcher:
     async def _abandoned(self, work: _Work) -> None:
         """Leave nothing behind of a job that is no longer ours."""
         with contextlib.suppress(Exception):
-            await self._content.remove(f"{work.job.id}/{work.token}.mp4")
+            found = (await self._store.get_many([work.job.id])).get(work.job.id)
+            if work.stored is not None and (found is None or found.content != work.path):
+                await self._content.remove(work.path)
         with contextlib.suppress(StoreError):
             await self._store.give_back(work.job.id, work.token)
         self._sweep_now.set()
@@ -295,6 +321,12 @@ async def _forever(step: Callable[[], object], wake: asyncio.Event, every: float
             async with asyncio.timeout(every):
                 await wake.wait()
         wake.clear()
+
+
+def _failing(error: Exception) -> asyncio.Future[bytes]:
+    future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    future.set_exception(error)
+    return future
 
 
 async def _ended(task: asyncio.Task[object]) -> None:

@@ -7,7 +7,10 @@ import contextlib
 from collections import defaultdict
 
 from ltx2_pool.gateway.jobs import Job
-from ltx2_pool.gateway.store import Store
+from ltx2_pool.gateway.store import Store, StoreError
+
+READ_TIMEOUT = 5.0
+"""Seconds after which a read is given up, for everybody who waits behind it."""
 
 
 class Reader:
@@ -31,8 +34,11 @@ class Reader:
         while self._asked:
             asked, self._asked = self._asked, {}
             try:
-                found = await self._store.get_many(list(asked))
+                async with asyncio.timeout(READ_TIMEOUT):
+                    found = await self._store.get_many(list(asked))
             except Exception as error:
+                if isinstance(error, TimeoutError):
+                    error = StoreError(f"no answer for {READ_TIMEOUT:g} s")
                 for future in asked.values():
                     future.set_exception(error)
                     future.exception()  # whoever asked may be gone

@@ -52,9 +52,8 @@ async def pass_on(request: Request, gateway: Gateway, fields: dict[str, Any]) ->
 
 async def _pieces(answer: httpx.Response, cleanup: contextlib.AsyncExitStack) -> AsyncIterator[bytes]:
     async with cleanup:
-        with contextlib.suppress(httpx.TransportError):  # the client sees that it ends early
-            async for piece in answer.aiter_bytes():
-                yield piece
+        async for piece in answer.aiter_bytes():  # when it breaks off, so does the answer to the client
+            yield piece
 
 
 async def _gone(request: Request) -> None:

@@ -21,22 +21,35 @@ class Unreadable(ValueError):
     """The file is no video."""
 
 
+MAKE_TIMEOUT = 60.0
+
+
 class Stills:
-    """Makes stills, two at a time, and keeps them beside the video."""
+    """Makes stills, two at a time and each once, and keeps them beside the video."""
 
     def __init__(self, content: Content) -> None:
         self._content = content
         self._turn = asyncio.Semaphore(2)
+        self._making: dict[str, asyncio.Task[int]] = {}
 
     async def of(self, path: str, variant: Variant) -> tuple[str, int]:
         """Path and size in bytes of a still of the video at `path`."""
         still = f"{path.rpartition('/')[0]}/{NAMES[variant]}"
-        if (size := await self._content.size(still)) is None:
-            async with self._turn:
-                if (size := await self._content.size(still)) is None:
-                    data = await asyncio.to_thread(self._make, path, variant)
-                    size = (await self._content.write(still, data)).size
-        return still, size
+        if size := await self._content.size(still):
+            return still, size
+        if still not in self._making:
+            self._making[still] = asyncio.create_task(self._made(path, still, variant))
+            self._making[still].add_done_callback(lambda _: self._making.pop(still))
+        return still, await asyncio.shield(self._making[still])
+
+    async def _made(self, path: str, still: str, variant: Variant) -> int:
+        async with self._turn:
+            data = await self._content.run(MAKE_TIMEOUT, path, self._make, path, variant)
+            size = (await self._content.write(still, data)).size
+        if await self._content.size(path) is None:  # removed meanwhile, before the still was there
+            await self._content.remove(path.rpartition("/")[0])
+            raise FileNotFoundError(path)
+        return size
 
     def _make(self, path: str, variant: Variant) -> bytes:
         with self._content.open(path) as file:

@@ -7,8 +7,10 @@ The moments are those of the database's clock.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     and_,
+    case,
     delete,
     event,
     func,
@@ -37,8 +40,8 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from ltx2_pool.gateway.jobs import Claimed, Job
 
@@ -79,10 +82,17 @@ videos = Table(
 )
 _SEEN = [videos.c[field.name] for field in fields(Job)]
 _ACTIVE = ("queued", "in_progress")
+CONNECT_TIMEOUT = 5.0
+TIMEOUT = 20.0
+"""Seconds for one statement; longer than SQLite waits for another's lock. A connection that is silent is dropped."""
 
 
 class StoreError(Exception):
     """The database does not answer, or not as it should."""
+
+
+class Refused(StoreError):
+    """The database does not take these values, and never will."""
 
 
 class Conflict(Exception):
@@ -103,7 +113,12 @@ class Store:
     def __init__(self, url: str) -> None:
         self._sqlite = url.startswith("sqlite")
         self._engine: AsyncEngine = create_async_engine(
-            url, isolation_level="AUTOCOMMIT", pool_size=4, max_overflow=0, pool_pre_ping=not self._sqlite
+            url,
+            isolation_level="AUTOCOMMIT",
+            pool_size=4,
+            max_overflow=0,
+            pool_pre_ping=not self._sqlite,
+            connect_args={} if self._sqlite else {"timeout": CONNECT_TIMEOUT},
         )
         if self._sqlite:
             event.listen(self._engine.sync_engine, "connect", _durable)
@@ -118,7 +133,7 @@ class Store:
         """Make the tables that are not there."""
         if self._sqlite and not (file := Path(self._engine.url.database or "")).parent.is_dir():
             raise StoreError(f"{file} cannot be made: {file.parent} is no directory")
-        async with self._failing(), self._engine.begin() as connection:
+        async with _Failing(), self._engine.begin() as connection:
             if not self._sqlite:  # two gateways that start at once
                 await connection.exec_driver_sql("SELECT pg_advisory_lock(4207843)")
             try:
@@ -162,14 +177,19 @@ class Store:
         (new,) = await self._rows(statement.returning(*_SEEN)) or [None]
         if new is not None:
             return _job(new), True
-        if idempotency_key is not None:
-            same = and_(videos.c.owner == job.owner, videos.c.idempotency_key == idempotency_key)
-            for found in await self._rows(select(*_SEEN, videos.c.fingerprint).where(same)):
-                if found.fingerprint != fingerprint:
-                    raise Conflict
-                return _job(found), False
+        if idempotency_key and (found := await self.known(job.owner, idempotency_key, fingerprint)):
+            return found, False
         mine = await self._rows(select(_count(_active_of(job.owner))))
         raise Full("key_queue_full" if mine[0][0] >= max_active else "queue_full")
+
+    async def known(self, owner: str, idempotency_key: str, fingerprint: str) -> Job | None:
+        """The job that this key was used for. Raises Conflict."""
+        same = and_(videos.c.owner == owner, videos.c.idempotency_key == idempotency_key)
+        for found in await self._rows(select(*_SEEN, videos.c.fingerprint).where(same)):
+            if found.fingerprint != fingerprint:
+                raise Conflict
+            return _job(found)
+        return None
 
     async def get_many(self, ids: Sequence[str]) -> dict[str, Job]:
         """Those that exist, by id."""
@@ -250,27 +270,33 @@ class Store:
     async def beat(self, id: str, token: str, seconds: float, progress: int) -> bool:
         """Renew a claim; False when the job is no longer ours to make: another has it, or its client deleted it."""
         values = {"claimed_until": self._now + seconds, "progress": progress}
-        return await self._own(id, token, ~videos.c.deleted, **values)
+        return await self._own(id, token, **values)
 
     async def complete(self, id: str, token: str, content: str, size: int, etag: str, retention: float) -> bool:
-        """The video is in the content store; False when the job was no longer ours."""
+        """The video is in the content store; False when the job was no longer ours.
+
+        This, :meth:`fail` and :meth:`release` may be called again when the answer to a first call was lost: the row
+        keeps the token until another dispatcher claims it.
+        """
         made = {"status": "completed", "progress": 100, "content": content, "bytes": size, "etag": etag}
-        return await self._own(id, token, ~videos.c.deleted, **made, **self._end(retention))
+        return await self._own(id, token, videos.c.content == content, **made, **self._end(retention))
 
     async def fail(self, id: str, token: str, code: str, message: str, retention: float) -> bool:
         """The job ends without a video; False when it was no longer ours."""
-        failed = {"status": "failed", "error_code": code, "error": message}
-        return await self._own(id, token, ~videos.c.deleted, **failed, **self._end(retention))
+        failed = {"status": "failed", "error_code": storable(code, 64), "error": storable(message, 2000)}
+        return await self._own(id, token, videos.c.status == "failed", **failed, **self._end(retention))
 
     async def release(self, id: str, token: str, after: float, counted: bool) -> bool:
         """Put a job back into the queue, to be claimed again `after` seconds; False when it was no longer ours."""
-        attempts = videos.c.attempts if counted else videos.c.attempts - 1
+        in_work = videos.c.status == "in_progress"
+        attempts = videos.c.attempts if counted else videos.c.attempts - case((in_work, 1), else_=0)
         back = {"status": "queued", "progress": 0, "not_before": self._now + after, "attempts": attempts}
-        return await self._own(id, token, ~videos.c.deleted, **back, claim=None, claimed_until=None)
+        return await self._own(id, token, videos.c.status == "queued", **back, claimed_until=None)
 
     async def give_back(self, id: str, token: str) -> None:
         """Let go of a job that was deleted meanwhile."""
-        await self._own(id, token, claimed_until=self._now - 1)
+        mine = and_(videos.c.id == id, videos.c.claim == token, videos.c.status == "in_progress")
+        await self._changes(update(videos).where(mine).values(claimed_until=self._now - 1))
 
     async def mark_deleted(self, id: str) -> bool:
         """Hide a job at once; False when there is none. What is left of it is for :meth:`remains`."""
@@ -283,39 +309,46 @@ class Store:
         silent = and_(videos.c.status == "in_progress", videos.c.claimed_until < self._now)
         late = and_(or_(queued, silent), videos.c.created + job_timeout < self._now, ~videos.c.deleted)
         failed = {"status": "failed", "error_code": "timeout", "error": "the video was not made in time"}
-        statement = update(videos).where(late).values(**failed, **self._end(retention)).returning(videos.c.id)
+        statement = (
+            update(videos).where(late).values(**failed, **self._end(retention), claim=None).returning(videos.c.id)
+        )
         return [row.id for row in await self._rows(statement)]
 
-    async def remains(self, limit: int = 100) -> list[tuple[str, bool]]:
+    async def remains(self, limit: int = 100, skip: Sequence[str] = ()) -> list[tuple[str, bool]]:
         """Jobs whose content and row are to be removed: deleted or expired (True), and nobody works on them."""
         expired = and_(videos.c.expires < self._now, ~videos.c.deleted)
         idle = or_(videos.c.status != "in_progress", videos.c.claimed_until < self._now)
-        query = select(videos.c.id, videos.c.deleted).where(or_(videos.c.deleted, expired), idle).limit(limit)
-        return [(row.id, not row.deleted) for row in await self._rows(query)]
+        query = select(videos.c.id, videos.c.deleted).where(or_(videos.c.deleted, expired), idle)
+        rows = await self._rows(query.where(videos.c.id.not_in(skip)).limit(limit))
+        return [(row.id, not row.deleted) for row in rows]
 
     async def forget(self, id: str) -> bool:
         """Remove a row whose content is gone."""
         return await self._changes(delete(videos).where(videos.c.id == id))
 
     def _end(self, retention: float) -> dict[str, Any]:
-        return {"ended": self._now, "expires": self._now + retention, "claim": None, "claimed_until": None}
+        return {"ended": self._now, "expires": self._now + retention, "claimed_until": None}
 
-    async def _own(self, id: str, token: str, *more: ColumnElement[bool], **values: Any) -> bool:
-        mine = and_(videos.c.id == id, videos.c.claim == token, videos.c.status == "in_progress", *more)
+    async def _own(self, id: str, token: str, *already: ColumnElement[bool], **values: Any) -> bool:
+        """Change a job under its claim: one in work, or one that `already` is so."""
+        allowed = or_(videos.c.status == "in_progress", *already)
+        mine = and_(videos.c.id == id, videos.c.claim == token, allowed, ~videos.c.deleted)
         return await self._changes(update(videos).where(mine).values(**values))
 
     async def _rows(self, statement: Any) -> list[Any]:
-        async with self._failing(), self._engine.connect() as connection:
+        async with self._connection() as connection:
             result = await connection.execute(statement)
             return list(result.fetchall())
 
     async def _changes(self, statement: Any) -> bool:
-        async with self._failing(), self._engine.connect() as connection:
+        async with self._connection() as connection:
             result = await connection.execute(statement)
             return bool(result.rowcount)
 
-    def _failing(self) -> _Failing:
-        return _Failing()
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+        async with _Failing(), asyncio.timeout(TIMEOUT), self._engine.connect() as connection:
+            yield connection
 
 
 class _Failing:
@@ -325,8 +358,22 @@ class _Failing:
         return None
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SQLAlchemyError | OSError | TimeoutError):
-            raise StoreError(str(error).splitlines()[0]) from error
+        if isinstance(error, SQLAlchemyError | OSError | TimeoutError | UnicodeError | OverflowError):
+            kind = Refused if _is_final(error) else StoreError
+            raise kind((str(error).splitlines() or [type(error).__name__])[0]) from error
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether the fault is in the values, so that the same statement fails whenever it is tried."""
+    if isinstance(error, DataError | IntegrityError | UnicodeError | OverflowError):
+        return True
+    # SQLSTATE classes 22 and 23: data exceptions, violated constraints
+    return str(getattr(getattr(error, "orig", None), "sqlstate", "")).startswith(("22", "23"))
+
+
+def storable(text: str, limit: int) -> str:
+    """A text as every database takes it: without NUL and halves of surrogate pairs, and not longer than the limit."""
+    return text[:limit].replace("\0", "?").encode("utf-8", "replace").decode()
 
 
 def _durable(connection: Any, _record: object) -> None:

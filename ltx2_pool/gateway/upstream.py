@@ -9,7 +9,6 @@ in `code`.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import json
 import socket
@@ -26,6 +25,10 @@ KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
 """A frontend whose machine is gone is noticed within a minute, though a job may be silent for longer."""
+
+
+NONSENSE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What comes of reading an answer that is none."""
 
 
 class Failed(Exception):
@@ -66,7 +69,8 @@ class Upstream:
                 if response.status_code != 200:
                     raise meaning(response.status_code, await response.aread())
                 async for event in _events(response):
-                    answer = json.loads(event)
+                    if not isinstance(answer := json.loads(event), dict):
+                        raise ValueError("an event is no object")
                     error = answer.get("error")
                     if isinstance(error, dict):
                         raise meaning(int(error.get("code") or 500), event)
@@ -77,9 +81,9 @@ class Upstream:
                         data = base64.b64decode(part["b64_json"], validate=True)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise Busy(f"the frontend does not answer: {error}") from error
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:
             raise Lost(f"the frontend broke off: {error or type(error).__name__}") from error
-        except (binascii.Error, ValueError, LookupError, TypeError) as error:
+        except NONSENSE as error:
             raise Lost(f"the frontend sent what is no answer: {type(error).__name__}: {error}") from error
         if data[4:8] != b"ftyp":
             raise Lost("the frontend's answer has no MP4")
@@ -102,17 +106,18 @@ class Upstream:
         """The models that are served now. Raises Busy."""
         try:
             answer = await self._http.get("/v1/models", timeout=CONNECT_TIMEOUT)
-            return list(answer.raise_for_status().json()["data"])
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            return [model for model in answer.raise_for_status().json()["data"] if isinstance(model, dict)]
+        except (httpx.HTTPError, *NONSENSE) as error:
             raise Busy(f"the frontend does not answer: {error or type(error).__name__}") from error
 
     async def statuses(self) -> list[dict[str, Any]]:
         """What each worker says of itself; those that do not answer are left out."""
         found = []
         for url in self._workers:
-            with contextlib.suppress(httpx.HTTPError, ValueError):
+            with contextlib.suppress(httpx.HTTPError, *NONSENSE):
                 answer = await self._http.get(f"{url}/engine/video/status", timeout=CONNECT_TIMEOUT)
-                found.append(answer.raise_for_status().json())
+                if isinstance(status := answer.raise_for_status().json(), dict):
+                    found.append(status)
         return found
 
 
@@ -151,7 +156,7 @@ def message(body: bytes) -> str:
     """The text of an error of the frontend, in either of its forms."""
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     error = answer.get("error") if isinstance(answer, dict) else None
     found = error if isinstance(error, dict) else answer

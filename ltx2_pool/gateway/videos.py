@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -56,6 +57,14 @@ async def remix(request: Request) -> Response:
 async def _accept(
     gateway: Gateway, owner: Owner, request: Request, asked: Create, remixed: Job | None = None
 ) -> Response:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= 255:
+        raise ApiError(400, "an Idempotency-Key has 1 to 255 characters")
+    fingerprint = intake.fingerprint({**asked.body, "remix": remixed.id if remixed else None})
+    if key is not None:  # first, for whatever else has changed meanwhile, it was accepted
+        with _conflicts():
+            if (known := await gateway.store.known(owner.name, key, fingerprint)) is not None:
+                return _answer(gateway, known)
     limit, menu = gateway.settings.max_prompt_chars, gateway.menu
     shape = intake.check(asked, menu, limit) if menu is not None else None
     model = await gateway.outlook.model(asked.model)
@@ -68,9 +77,6 @@ async def _accept(
         body["user"] = f"{owner.name}/{asked.user}" if asked.user else owner.name
     if len(json.dumps(body)) > gateway.max_body:
         raise ApiError(413, f"the request is too large with its pictures: at most {gateway.max_body} bytes")
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 0 < len(key) <= 255:
-        raise ApiError(400, "an Idempotency-Key has 1 to 255 characters")
     job = Job(
         id=new_id(),
         owner=owner.name,
@@ -84,18 +90,15 @@ async def _accept(
         remixed_from=remixed.id if remixed else None,
     )
     try:
-        stored, new = await gateway.store.add(
-            job,
-            body,
-            max_queue=gateway.settings.max_queue,
-            max_active=owner.max_active,
-            idempotency_key=key,
-            fingerprint=intake.fingerprint({**body, "remix": job.remixed_from}),
-        )
-    except Conflict:
-        raise ApiError(
-            422, "this Idempotency-Key was used with another request", code="idempotency_key_reused"
-        ) from None
+        with _conflicts():
+            stored, new = await gateway.store.add(
+                job,
+                body,
+                max_queue=gateway.settings.max_queue,
+                max_active=owner.max_active,
+                idempotency_key=key,
+                fingerprint=fingerprint,
+            )
     except Full as full:
         gateway.metrics.rejections.labels(full.reason).inc()
         mine = full.reason == "key_queue_full"
@@ -107,6 +110,16 @@ async def _accept(
         logger.info("job %s accepted owner=%s size=%s seconds=%s", job.id, owner.name or "-", job.size, job.seconds)
         gateway.dispatcher.wake()
     return _answer(gateway, stored)
+
+
+@contextlib.contextmanager
+def _conflicts() -> Iterator[None]:
+    try:
+        yield
+    except Conflict:
+        raise ApiError(
+            422, "this Idempotency-Key was used with another request", code="idempotency_key_reused"
+        ) from None
 
 
 def _seconds(gateway: Gateway, asked: Create, shape: Shape | None) -> str:
