@@ -9,8 +9,10 @@ import uuid
 from collections.abc import AsyncIterator
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from ltx2_pool.gateway import store as stores
 from ltx2_pool.gateway.jobs import Job, new_id
 from ltx2_pool.gateway.store import Conflict, Full, Store, StoreError, metadata
 
@@ -130,6 +132,24 @@ async def test_what_is_late_fails_and_what_is_old_goes(store):
     assert sorted(await store.remains()) == sorted([(silent, True), (waits, True)])
     assert (await store.get_many([works]))[works].status == "in_progress"
     assert await store.counts() == {"in_progress": 1, "failed": 2}
+
+
+async def test_a_statement_that_hangs_is_a_store_error_and_the_next_one_works(postgresql, monkeypatch):
+    store = Store(postgresql)
+    await store.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "TIMEOUT", 0.3)
+        for _ in range(5):  # more than there are connections
+            with pytest.raises(StoreError):
+                await store._rows(text("SELECT pg_sleep(30)"))
+    assert await store._rows(text("SELECT 1")) == [(1,)]
+    await store.close()
+
+
+async def test_values_that_a_database_never_takes_are_told_from_a_database_that_fails(store):
+    await add(store)
+    with pytest.raises(stores.Refused):
+        await add(store, "\ud800" if store._sqlite else "nul \0")
 
 
 async def test_a_database_that_is_gone_is_a_store_error(tmp_path):
