@@ -83,7 +83,7 @@ videos = Table(
 _SEEN = [videos.c[field.name] for field in fields(Job)]
 _ACTIVE = ("queued", "in_progress")
 CONNECT_TIMEOUT = 5.0
-TIMEOUT = 20.0
+TIMEOUT = 12.0
 """Seconds for one statement; longer than SQLite waits for another's lock. A connection that is silent is dropped."""
 
 
