@@ -13,6 +13,7 @@ import yaml
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -32,6 +33,8 @@ PAGE = {
     "page.css": ("page.css", "text/css; charset=utf-8"),
     "page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
+BODIES_HELD = 4
+"""So many of the largest requests may be under way at once; the memory that one takes is a few times its size."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
     "media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -53,16 +56,19 @@ def application(gateway: Gateway) -> ASGIApp:
         routes=ROUTES,
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, StoreError: _store_error},
         lifespan=life,
+        middleware=[Middleware(_Edge, gateway=gateway)],
     )
     app.state.gateway = gateway
-    return _Edge(app, gateway)
+    return app
 
 
 class _Edge:
-    """Around everything: who may call, how much may come in, and what is counted."""
+    """Around everything: who may call, how much may come in, what is counted, and an answer whatever fails inside."""
 
     def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
         self._app, self._gateway = app, gateway
+        self._held = 0
+        """Bytes of the bodies of all requests under way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,8 +93,17 @@ class _Edge:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
+            self._held += len(message.get("body", b""))
             if received > gateway.max_body:
                 raise self._too_large()
+            if self._held > BODIES_HELD * gateway.max_body:
+                raise ApiError(
+                    503,
+                    "too many large requests come in at once; try again later",
+                    code="too_many_uploads",
+                    retry_after=2,
+                    headers={"connection": "close"},
+                )
             return message
 
         try:
@@ -108,6 +123,8 @@ class _Edge:
                 raise
             logger.exception("%s %s", scope["method"], scope["path"])
             await ApiError(500, "the gateway failed").response(scope, receive, sending)
+        finally:
+            self._held -= received
 
     def _too_large(self) -> ApiError:
         self._gateway.metrics.rejections.labels("too_large").inc()
@@ -117,11 +134,14 @@ class _Edge:
 def _from_here(headers: dict[str, str]) -> None:
     """Without keys, whoever reaches this port is trusted: no other site's page may use its visitor's browser for it."""
     host = headers.get("host", "")
-    name = urlsplit(f"//{host}").hostname if host else None
+    try:
+        name = urlsplit(f"//{host}").hostname if host else None
+    except ValueError:
+        raise ApiError(400, f"the Host header is no host: {host[:80]!a}") from None
     if name is not None and not is_loopback(name):
         raise ApiError(403, f"without API keys this gateway serves localhost only, not {host[:80]!a}")
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and origin.partition("://")[2] != host:
         raise ApiError(403, f"pages of {origin[:80]!a} may not use this gateway")
 
 
@@ -148,7 +168,7 @@ async def _health(request: Request) -> Response:
     """200 while jobs are accepted, whether or not somebody makes them now."""
     gateway: Gateway = request.app.state.gateway
     counts = await gateway.counts()
-    models = [model.get("id") for model in await gateway.outlook.models()]
+    models = [model["id"] for model in await gateway.outlook.models()]
     return JSONResponse({"status": "healthy", "models": models, "queued": counts["queued"]})
 
 
@@ -200,6 +220,7 @@ async def _store_error(request: Request, error: Exception) -> Response:
 
 _VIDEO = "/v1/videos/{id}"
 ROUTES = [
+    Route("/v1/videos/events", videos.events_of_many, methods=["GET"]),
     Route(_VIDEO, videos.retrieve, methods=["GET"]),
     Route("/v1/videos", videos.create, methods=["POST"]),
     Route("/v1/videos", videos.listing, methods=["GET"]),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
 from starlette.datastructures import UploadFile
@@ -20,6 +22,15 @@ from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.requests import RequestError
 from ltx2_pool.words.shapes import Shape
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LARGE = 1_000_000
+"""Bytes from which a request is read, judged and written in a thread, two at a time: nobody else waits for it."""
+PIECES = 250_000
+"""So many commas, brackets and escapes may be in a request: a picture has none, and a parser holds everybody up."""
+_TURNS = asyncio.Semaphore(2)
+_MAX_INTEGER = 2**31 - 1
 PICTURE_FIELDS = ("input_reference", "last_frame_reference")
 OURS = ("input_reference_strength", "last_frame_reference", "last_frame_strength")
 """Fields that Dynamo does not know, and its frontend hands over in ``extra_args.media_passthrough``."""
@@ -29,17 +40,21 @@ _STARTS = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "ima
 """How pictures begin: the type that a client's form names is a guess from the file's name."""
 
 
+Whole = Annotated[StrictInt, Field(ge=-_MAX_INTEGER, le=_MAX_INTEGER)]
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)] | Whole
+
+
 class NvExt(BaseModel):
     """Dynamo's own fields of a video."""
 
     model_config = ConfigDict(extra="forbid")
 
-    fps: StrictInt | None = None
-    num_frames: StrictInt | None = None
+    fps: Whole | None = None
+    num_frames: Whole | None = None
     negative_prompt: str | None = None
-    num_inference_steps: StrictInt | None = None
-    guidance_scale: StrictFloat | StrictInt | None = None
-    seed: StrictInt | None = None
+    num_inference_steps: Whole | None = None
+    guidance_scale: Number | None = None
+    seed: StrictInt | None = Field(None, ge=0, le=requests.MAX_SEED)
 
 
 class Create(BaseModel):
@@ -50,13 +65,13 @@ class Create(BaseModel):
     prompt: str
     model: str | None = Field(None, max_length=256)
     size: str | None = Field(None, max_length=64)
-    seconds: int | None = None
+    seconds: int | None = Field(None, ge=0, le=999)
     user: str | None = Field(None, max_length=256)
     output_format: str | None = None
     input_reference: str | None = None
-    input_reference_strength: StrictFloat | StrictInt | None = None
+    input_reference_strength: Number | None = None
     last_frame_reference: str | None = None
-    last_frame_strength: StrictFloat | StrictInt | None = None
+    last_frame_strength: Number | None = None
     nvext: NvExt | None = None
 
     @field_validator(*PICTURE_FIELDS, mode="before")
@@ -71,6 +86,8 @@ class Create(BaseModel):
         """OpenAI's client sends a text, Dynamo wants a number."""
         if isinstance(value, bool) or not isinstance(value, int | str | None):
             raise ValueError("must be a whole number of seconds")
+        if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,3}", value):
+            raise ValueError("must be a whole number of seconds, from 0 to 999")
         return value
 
     @field_validator("prompt", "model", "size", "user", "output_format")
@@ -99,7 +116,8 @@ async def read(request: Request, max_bytes: int) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind in ("application/json", ""):
-            return _object(await request.body())
+            body = await request.body()
+            return await heavy(len(body), _object, body)
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             async with request.form(max_files=2, max_fields=50, max_part_size=max_bytes) as form:
                 return await _fields(form.multi_items())
@@ -109,12 +127,25 @@ async def read(request: Request, max_bytes: int) -> dict[str, Any]:
         raise ApiError(400, f"the form cannot be read: {error.message}") from error
     except KeyError as error:  # a multipart form without a boundary
         raise ApiError(400, f"the form cannot be read: {error.args[0]} is missing") from error
+    except (UnicodeError, LookupError) as error:  # a charset that decodes nothing
+        raise ApiError(400, f"the form cannot be read: {error}") from error
     raise ApiError(415, f"content-type {kind[:80]!a} is not supported: send application/json or multipart/form-data")
 
 
+async def heavy(size: int, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do something with a request of so many bytes: at once, or in a thread when they are many."""
+    if size < LARGE:
+        return do(*args, **kwargs)
+    async with _TURNS:
+        return await asyncio.to_thread(do, *args, **kwargs)
+
+
 def _object(data: bytes) -> dict[str, Any]:
+    pieces = sum(map(data.count, (b",", b"[", b"{")))
+    if pieces > PIECES or data.count(b"\\") > PIECES + len(data) // 32:  # base64 may have each "/" escaped
+        raise ApiError(400, f"the request has too many parts: at most {PIECES} commas, brackets and escapes")
     try:
-        fields = json.loads(data, parse_constant=_no_constant)
+        fields = json.loads(data, parse_constant=_no_constant, parse_int=_integer, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the request is not JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -124,6 +155,19 @@ def _object(data: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"{text[:20]}... has too many digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
 
 
 async def _fields(items: Sequence[tuple[str, str | UploadFile]]) -> dict[str, Any]:
@@ -152,7 +196,8 @@ async def _data_url(file: UploadFile, name: str) -> str:
     kind = next((kind for start, kind in _STARTS.items() if data.startswith(start)), None)
     if kind is None:
         raise ApiError(400, f"{name} is no picture: send PNG, JPEG or WebP", param=name)
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    text = await heavy(len(data), base64.b64encode, data)
+    return f"data:{kind};base64,{text.decode()}"
 
 
 def _number(text: str) -> object:
@@ -201,6 +246,13 @@ def check(asked: Create, menu: Menu, max_prompt_chars: int) -> Shape:
         raise ApiError(400, str(error), code="invalid_request") from error
 
 
-def fingerprint(fields: Mapping[str, Any]) -> str:
-    """The same for the same request."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+def extent(fields: Mapping[str, Any]) -> int:
+    """About how many bytes a request has: its texts are what is long."""
+    texts = (value.get("image_url", "") if isinstance(value, dict) else value for value in fields.values())
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def measure(fields: Mapping[str, Any]) -> tuple[int, str]:
+    """Bytes of a request as JSON, and its fingerprint, which is the same for the same request."""
+    text = json.dumps(fields, sort_keys=True).encode()
+    return len(text), hashlib.sha256(text).hexdigest()

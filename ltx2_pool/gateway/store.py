@@ -76,7 +76,7 @@ videos = Table(
     Column("idempotency_key", String(256)),
     Column("fingerprint", String(64)),
     UniqueConstraint("owner", "idempotency_key"),
-    Index("videos_by_owner", "owner", "created", "id"),
+    Index("videos_by_owner", "owner", "id"),
     Index("videos_by_status", "status", "created"),
     Index("videos_by_expiry", "expires"),
 )
@@ -203,15 +203,12 @@ class Store:
             return body
         return None
 
-    async def listed(self, owner: str, *, after: Job | None, limit: int, newest_first: bool) -> list[Job]:
-        """An owner's jobs by age, those after one of them."""
-        place = (videos.c.created, videos.c.id)
+    async def listed(self, owner: str, *, after: str | None, limit: int, newest_first: bool) -> list[Job]:
+        """An owner's jobs by id, which is by age: those after an id, whether or not that job is there still."""
         query = select(*_SEEN).where(videos.c.owner == owner, ~videos.c.deleted).limit(limit)
         if after is not None:
-            beyond = videos.c.created < after.created if newest_first else videos.c.created > after.created
-            tied = videos.c.id < after.id if newest_first else videos.c.id > after.id
-            query = query.where(or_(beyond, and_(videos.c.created == after.created, tied)))
-        rows = await self._rows(query.order_by(*(c.desc() if newest_first else c.asc() for c in place)))
+            query = query.where(videos.c.id < after if newest_first else videos.c.id > after)
+        rows = await self._rows(query.order_by(videos.c.id.desc() if newest_first else videos.c.id.asc()))
         return [_job(row) for row in rows]
 
     async def counts(self) -> dict[str, int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
+import re
+import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -15,7 +19,7 @@ from ltx2_pool.gateway import delivery, intake, stills
 from ltx2_pool.gateway.errors import ApiError, not_found
 from ltx2_pool.gateway.gateway import Gateway
 from ltx2_pool.gateway.intake import Create
-from ltx2_pool.gateway.jobs import ENDED, Job, new_id
+from ltx2_pool.gateway.jobs import ENDED, Job
 from ltx2_pool.gateway.keys import Owner
 from ltx2_pool.gateway.passing import pass_on
 from ltx2_pool.gateway.store import Conflict, Full
@@ -28,6 +32,9 @@ SYNCHRONOUS = "x-ltx2-synchronous"
 LOOK_EVERY = 1.0
 """Seconds between two looks of an event stream for what other gateways did."""
 KEEP_ALIVE = 15.0
+WATCHED = 100
+"""How many jobs one event stream may be of."""
+_ID = re.compile(r"video_[0-9a-f]{32}")
 
 
 async def create(request: Request) -> Response:
@@ -36,7 +43,7 @@ async def create(request: Request) -> Response:
     fields = await intake.read(request, gateway.max_body)
     if request.headers.get(SYNCHRONOUS, "") in ("1", "true") or fields.get("stream") is True:
         return await pass_on(request, gateway, fields)
-    return await _accept(gateway, owner, request, intake.create(fields, gateway.settings.max_prompt_chars))
+    return await _accept(gateway, owner, request, fields)
 
 
 async def remix(request: Request) -> Response:
@@ -50,23 +57,25 @@ async def remix(request: Request) -> Response:
     if body is None:
         raise not_found(job.id)
     body = {name: value for name, value in body.items() if name not in ("user", "prompt", "stream")}
-    asked = intake.create({**body, **fields}, gateway.settings.max_prompt_chars)
-    return await _accept(gateway, owner, request, asked, job)
+    return await _accept(gateway, owner, request, {**body, **fields}, job)
 
 
 async def _accept(
-    gateway: Gateway, owner: Owner, request: Request, asked: Create, remixed: Job | None = None
+    gateway: Gateway, owner: Owner, request: Request, fields: dict[str, Any], remixed: Job | None = None
 ) -> Response:
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= 255:
         raise ApiError(400, "an Idempotency-Key has 1 to 255 characters")
-    fingerprint = intake.fingerprint({**asked.body, "remix": remixed.id if remixed else None})
+    limit, menu = gateway.settings.max_prompt_chars, gateway.menu
+    large = intake.extent(fields)
+    asked = await intake.heavy(large, intake.create, fields, limit)
+    said = {**asked.body, "model": asked.model, "remix": remixed.id if remixed else None}
+    _, fingerprint = await intake.heavy(large, intake.measure, said)
     if key is not None:  # first, for whatever else has changed meanwhile, it was accepted
         with _conflicts():
             if (known := await gateway.store.known(owner.name, key, fingerprint)) is not None:
                 return _answer(gateway, known)
-    limit, menu = gateway.settings.max_prompt_chars, gateway.menu
-    shape = intake.check(asked, menu, limit) if menu is not None else None
+    shape = await intake.heavy(large, intake.check, asked, menu, limit) if menu is not None else None
     model = await gateway.outlook.model(asked.model)
     if model is None:
         raise ApiError(404, f"there is no model {(asked.model or '')[:80]!a}", code="model_not_found", param="model")
@@ -75,10 +84,11 @@ async def _accept(
     body = {**asked.body, "model": model}
     if owner.name:
         body["user"] = f"{owner.name}/{asked.user}" if asked.user else owner.name
-    if len(json.dumps(body)) > gateway.max_body:
+    size, _ = await intake.heavy(large, intake.measure, body)
+    if size > gateway.max_body:
         raise ApiError(413, f"the request is too large with its pictures: at most {gateway.max_body} bytes")
     job = Job(
-        id=new_id(),
+        id=_new_id(),
         owner=owner.name,
         status="queued",
         progress=0,
@@ -122,6 +132,11 @@ def _conflicts() -> Iterator[None]:
         ) from None
 
 
+def _new_id() -> str:
+    """An id that nobody guesses, and that sorts by its time in microseconds: a place in a list, whatever is deleted."""
+    return f"video_{time.time_ns() // 1000:013x}{secrets.randbits(76):019x}"
+
+
 def _seconds(gateway: Gateway, asked: Create, shape: Shape | None) -> str:
     if asked.seconds is not None:
         return str(asked.seconds)
@@ -149,14 +164,13 @@ async def listing(request: Request) -> Response:
     gateway, owner = enter(request)
     query = request.query_params
     limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= 100):
+    if not re.fullmatch(r"[1-9][0-9]?|100", limit):
         raise ApiError(400, "limit must be from 1 to 100", param="limit")
     if order not in ("asc", "desc"):
         raise ApiError(400, "order must be asc or desc", param="order")
-    last = await gateway.reader.get(after) if after is not None and "\0" not in after else None
-    if after is not None and (last is None or last.owner != owner.name):
-        raise ApiError(400, "after is the id of no video", param="after")
-    found = await gateway.store.listed(owner.name, after=last, limit=int(limit) + 1, newest_first=order == "desc")
+    if after is not None and not _ID.fullmatch(after):
+        raise ApiError(400, "after must be the id of a video", param="after")
+    found = await gateway.store.listed(owner.name, after=after, limit=int(limit) + 1, newest_first=order == "desc")
     shown = [job.view for job in found[: int(limit)]]
     return JSONResponse(
         {
@@ -204,25 +218,53 @@ async def events(request: Request) -> Response:
     """GET /v1/videos/{id}/events: the job at each change, until it has ended."""
     gateway, owner = enter(request)
     job = await find(gateway, owner, request)
+    return _stream(gateway, owner, [job.id])
+
+
+async def events_of_many(request: Request) -> Response:
+    """GET /v1/videos/events: several jobs in one stream, until all have ended; browsers allow few streams at once."""
+    gateway, owner = enter(request)
+    ids = list(dict.fromkeys(request.query_params.get("ids", "").split(",")))
+    if len(ids) > WATCHED or not all(_ID.fullmatch(id) for id in ids):
+        raise ApiError(400, f"ids must be 1 to {WATCHED} ids of videos, with commas between", param="ids")
+    return _stream(gateway, owner, ids)
+
+
+def _stream(gateway: Gateway, owner: Owner, ids: Sequence[str]) -> Response:
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(_watch(gateway, job), headers=headers, media_type="text/event-stream")
+    return StreamingResponse(_watch(gateway, owner, ids), headers=headers, media_type="text/event-stream")
 
 
-async def _watch(gateway: Gateway, job: Job) -> AsyncIterator[str]:
-    told, said = None, time.monotonic()
-    now: Job | None = job
-    while now is not None:
-        if now.view != told:
-            told, said = now.view, time.monotonic()
-            yield f"event: video\ndata: {json.dumps(told)}\n\n"
-        elif time.monotonic() - said > KEEP_ALIVE:
+async def _watch(gateway: Gateway, owner: Owner, ids: Sequence[str]) -> AsyncIterator[str]:
+    told: dict[str, Any] = dict.fromkeys(ids)
+    said = time.monotonic()
+    while True:
+        for job, id in zip(await asyncio.gather(*map(gateway.reader.get, told)), list(told), strict=True):
+            if job is None or job.owner != owner.name:
+                del told[id]
+                yield f"event: deleted\ndata: {json.dumps({'id': id, 'object': 'video.deleted', 'deleted': True})}\n\n"
+                continue
+            if job.view != told[id]:
+                told[id], said = job.view, time.monotonic()
+                yield f"event: video\ndata: {json.dumps(job.view)}\n\n"
+            if job.status in ENDED:
+                del told[id]
+        if not told:
+            return
+        if time.monotonic() - said > KEEP_ALIVE:
             said = time.monotonic()
             yield ": still here\n\n"
-        if now.status in ENDED:
-            return
-        await gateway.news.wait(job.id, LOOK_EVERY)
-        now = await gateway.reader.get(job.id)
-    yield f"event: deleted\ndata: {json.dumps({'id': job.id, 'object': 'video.deleted', 'deleted': True})}\n\n"
+        await _change(gateway, list(told))
+
+
+async def _change(gateway: Gateway, ids: Sequence[str]) -> None:
+    """Return when one of the jobs has changed, or may have in another gateway."""
+    waiting = [asyncio.ensure_future(gateway.news.wait(id, LOOK_EVERY)) for id in ids]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 def enter(request: Request) -> tuple[Gateway, Owner]:

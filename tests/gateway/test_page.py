@@ -86,6 +86,32 @@ def test_a_person_makes_watches_remixes_and_deletes_videos(browser, make_gateway
     page.close()
 
 
+def test_many_unfinished_videos_and_older_ones_beyond_a_deleted_one(browser, make_gateway, own_frontend):
+    running = make_gateway(own_frontend)
+    for number in range(6):
+        running.ended(running.create(f"refuse {number}"))
+    held = [running.create(f"hold {number}") for number in range(7)]  # browsers allow six connections
+    wait(lambda: running.get(held[-1])["progress"] == 50)
+    page = browser.new_page()
+    page.goto(running.url)
+    cards = page.get_by_role("article")
+    expect(cards).to_have_count(12)
+    expect(page.get_by_text("50 %")).to_have_count(7)
+    page.get_by_label("Prompt").fill("hold one more")
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.get_by_text("50 %")).to_have_count(8)
+    cards.last.get_by_role("button", name="Delete").click()
+    expect(cards).to_have_count(12)
+    wait(lambda: running.count('ltx2_gateway_end_total{end="deleted"}') == 1)
+    page.get_by_role("button", name="Show older ones").click()
+    expect(cards).to_have_count(13)
+    running.client.delete(f"/v1/videos/{held[0]}")
+    expect(cards).to_have_count(12)
+    own_frontend.release()
+    expect(page.locator("video")).to_have_count(7)
+    page.close()
+
+
 def test_a_person_with_a_key(browser, keyed):
     running, a, _ = keyed
     id = a.post("/v1/videos", json={"prompt": "behind a key"}).json()["id"]

@@ -3,11 +3,13 @@
 const $ = (id) => document.getElementById(id);
 const PAGE_SIZE = 12;
 const LOOK_EVERY = 2000;
+const WATCHED = 100; // videos in one event stream
 
 let key = sessionStorage.getItem("ltx2-key") || "";
 let remixed = null;
 let pool = null;
-const cards = new Map(); // by id: {job, element, watching, urls}
+const cards = new Map(); // by id: {job, element, urls}
+let watching = null; // the one event stream: browsers allow six connections, in all tabs together
 
 class Problem extends Error {
   constructor(status, message) {
@@ -62,7 +64,7 @@ function show(job, first = false) {
   card.job = job;
   if (before && before.status === job.status && before.progress === job.progress) return;
   draw(card, before);
-  if (!ended(job)) watch(card);
+  if (!before && !ended(job)) watch();
   $("none").hidden = cards.size > 0;
 }
 
@@ -146,31 +148,37 @@ async function source(card, path) {
   return url;
 }
 
-async function watch(card) {
-  if (card.watching) return;
-  card.watching = new AbortController();
-  try {
-    const answer = await call(`/v1/videos/${card.job.id}/events`, { signal: card.watching.signal });
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-    let buffer = "";
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) break;
-      buffer += value;
-      const events = buffer.split("\n\n");
-      buffer = events.pop();
-      for (const event of events) {
-        const kind = /^event: (\w+)/m.exec(event)?.[1];
-        const data = /^data: (.*)$/m.exec(event)?.[1];
-        if (kind === "video") show(JSON.parse(data));
-        if (kind === "deleted") forget(card.job.id);
-      }
+// All unfinished videos in one stream, which is begun again when there is one more. A tab that nobody looks at has none.
+function watch() {
+  watching?.abort();
+  watching = null;
+  const ids = [...cards.values()].filter((card) => !ended(card.job)).map((card) => card.job.id).slice(-WATCHED);
+  if (!ids.length || document.visibilityState !== "visible") return;
+  const mine = watching = new AbortController();
+  follow(`/v1/videos/events?ids=${ids}`, mine.signal)
+    .catch(() => {}) // the gateway went away
+    .then(() => setTimeout(() => mine === watching && watch(), LOOK_EVERY));
+}
+
+async function follow(path, signal) {
+  await Promise.resolve(); // the cards of a whole list begin one stream
+  if (signal.aborted) return;
+  const answer = await call(path, { signal });
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    buffer += value;
+    const events = buffer.split("\n\n");
+    buffer = events.pop();
+    for (const event of events) {
+      const kind = /^event: (\w+)/m.exec(event)?.[1];
+      const data = /^data: (.*)$/m.exec(event)?.[1];
+      if (kind === "video") show(JSON.parse(data));
+      if (kind === "deleted") forget(JSON.parse(data).id);
     }
-  } catch (error) {
-    if (error.status === 404) forget(card.job.id);
   }
-  card.watching = null;
-  if (cards.has(card.job.id) && !ended(card.job)) setTimeout(() => watch(card), LOOK_EVERY); // the gateway went away
 }
 
 async function remove(job) {
@@ -186,7 +194,6 @@ async function remove(job) {
 function forget(id) {
   const card = cards.get(id);
   if (!card) return;
-  card.watching?.abort();
   card.urls.forEach((url) => URL.revokeObjectURL(url));
   card.element.remove();
   cards.delete(id);
@@ -345,5 +352,6 @@ async function start() {
   await list().catch(complain);
 }
 
+document.addEventListener("visibilitychange", watch);
 setInterval(() => document.visibilityState === "visible" && look(), LOOK_EVERY);
 start();

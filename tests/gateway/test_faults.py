@@ -1,0 +1,198 @@
+"""What strange clients, frontends and workers do to a gateway: they get their answer, and nobody else notices."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import select
+import socket
+import threading
+import types
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from tests.gateway.conftest import wait
+
+JSON = {"content-type": "application/json"}
+FORM = "multipart/form-data; boundary=x"
+
+
+def refused(answer: httpx.Response, status: int, said: str = "") -> None:
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("limit", ["0", "101", "000000001" + "9" * 30, "000000001" + "9" * 5000, "01", "1.0", "٣"])
+def test_a_limit_is_from_1_to_100(gateway, limit):
+    refused(gateway.client.get("/v1/videos", params={"limit": limit}), 400, "limit must be from 1 to 100")
+
+
+@pytest.mark.parametrize(("charset", "status"), [("undefined", 400), ("base64", 200), ("utf-16", 200)])
+def test_a_forms_charset_may_be_any(gateway, charset, status):
+    content = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n.\xffabc\r\n--x--\r\n'
+    kind = {"content-type": f"{FORM}; charset={charset}"}
+    assert gateway.client.post("/v1/videos", content=content, headers=kind).status_code in (status, 400)
+
+
+def test_hosts_and_origins_that_are_none(gateway):
+    refused(gateway.client.get("/health", headers={"host": "["}), 400, "Host")
+    for origin in ("http://[", "null", "http://evil"):
+        refused(gateway.client.get("/health", headers={"origin": origin}), 403)
+
+
+def test_what_fails_inside_is_a_json_500_and_the_connection_stays(tmp_path):
+    from starlette.testclient import TestClient
+
+    from ltx2_pool.gateway.app import application
+    from ltx2_pool.gateway.gateway import Gateway
+    from ltx2_pool.gateway.settings import GatewaySettings
+
+    gateway = Gateway(
+        GatewaySettings(database=f"sqlite+aiosqlite:///{tmp_path}/jobs", content=f"file://{tmp_path}/videos")
+    )
+    gateway.counts = None  # type: ignore[method-assign]
+    with TestClient(application(gateway), base_url="http://localhost") as client:
+        refused(client.get("/health"), 500, "the gateway failed")  # the test's client raises what the server would see
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"prompt":"x","nvext":{"guidance_scale":1e400}}', "1e400 is too large a number"),
+        ('{"prompt":"x","input_reference_strength":NaN}', "NaN is no number"),
+        ('{"prompt":"x","seconds":"%s"}' % ("9" * 500), "seconds: must be a whole number of seconds, from 0 to 999"),
+        ('{"prompt":"x","seconds":-5}', "seconds: Input should be greater than or equal to 0"),
+        ('{"prompt":"x","nvext":{"seed":4294967296}}', "nvext.seed: Input should be less than or equal to 4294967295"),
+        ('{"prompt":"x","nvext":{"seed":%s}}' % ("9" * 4200), "has too many digits"),
+        ('{"prompt":"x","nvext":{"num_frames":9999999999}}', "nvext.num_frames: Input should be less than"),
+    ],
+)
+def test_numbers_are_bounded_without_a_menu_too(gateway, content, said):
+    refused(gateway.client.post("/v1/videos", content=content, headers=JSON), 400, said)
+
+
+def test_a_request_of_very_many_parts_is_refused_before_it_is_parsed(gateway):
+    content = b'{"prompt":[' + b"[]," * 200_000 + b"1]}"
+    refused(gateway.client.post("/v1/videos", content=content, headers=JSON), 400, "too many parts")
+
+
+def test_a_large_picture_is_accepted_in_either_form(gateway, frontend):
+    picture = b"\x89PNG" + b"x" * 3_000_000
+    form = gateway.client.post("/v1/videos", files={"input_reference": picture}, data={"prompt": "large form"})
+    url = "data:image/png;base64," + "A" * 4_000_000
+    as_json = gateway.client.post("/v1/videos", json={"prompt": "large json", "input_reference": url})
+    for answer in (form, as_json):
+        assert gateway.ended(answer.json()["id"])["status"] == "completed"
+    assert [r["input_reference"] for r in frontend.requests if r["prompt"] == "large json"] == [url]
+
+
+def test_bodies_that_come_in_at_once_are_bounded(make_gateway, frontend):
+    running = make_gateway(frontend, max_body_mb="0.01")
+    head = (
+        b"POST /v1/videos HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 9990\r\n\r\n"
+    )
+    with contextlib.ExitStack() as cleanup:
+        clients = []
+        for _ in range(5):  # four of the largest, unfinished, and one more
+            clients.append(cleanup.enter_context(socket.create_connection(("127.0.0.1", running.port))))
+            clients[-1].sendall(head + b"x" * 9985)
+        (answered, *_), *_ = select.select(clients, [], [], 30)
+        ended = answered.recv(4096).decode()
+    assert " 503 " in ended.splitlines()[0]
+    assert "retry-after: 2" in ended
+    assert "too_many_uploads" in ended
+    wait(lambda: running.client.post("/v1/videos", json={"prompt": "x" * 2000}).status_code == 200)
+
+
+def test_a_place_in_a_list_outlives_its_video(make_gateway, frontend):
+    running = make_gateway(frontend)
+    ids = [running.create(f"number {n}") for n in range(5)]
+    for id in ids:
+        running.ended(id)
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0)
+    seen = []
+    for video in client.videos.list(limit=2):
+        client.videos.delete(video.id)
+        wait(lambda: running.count('ltx2_gateway_end_total{end="deleted"}') == len(seen) + 1)  # its row is gone
+        seen.append(video.id)
+    assert seen == ids[::-1]
+    assert client.videos.list().data == []
+
+
+def test_one_stream_is_of_many_jobs(gateway, frontend):
+    done, held = gateway.create("done"), gateway.create("hold for a stream")
+    wait(lambda: gateway.get(held)["progress"] == 50)
+    nobodys = "video_" + "0" * 32
+    events = []
+    with gateway.client.stream("GET", "/v1/videos/events", params={"ids": f"{done},{held},{nobodys}"}) as stream:
+        kind = ""
+        for line in stream.iter_lines():
+            kind = line.removeprefix("event: ") if line.startswith("event: ") else kind
+            if line.startswith("data: "):
+                job = json.loads(line.removeprefix("data: "))
+                events.append((job["id"], kind, job.get("status")))
+                if (done, "video", "completed") in events and job["id"] != held:
+                    gateway.client.delete(f"/v1/videos/{held}")
+    assert (nobodys, "deleted", None) in events
+    assert [event for event in events if event[0] == held] == [(held, "video", "in_progress"), (held, "deleted", None)]
+    for ids in ("", "video_x", ",".join([nobodys[:-3] + f"{n:03}" for n in range(101)])):
+        refused(gateway.client.get("/v1/videos/events", params={"ids": ids}), 400, "ids must be 1 to 100")
+
+
+@pytest.fixture
+def strange() -> Iterator[tuple[str, dict[str, bytes]]]:
+    """A frontend and worker that answers with what it is told to."""
+    answers = {"/v1/models": b'{"data":[{"id":"m"}]}', "/engine/video/status": b"{}"}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = answers[self.path]
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", answers
+        server.shutdown()
+        thread.join()
+
+
+async def test_models_and_statuses_of_any_type_are_unknown(strange, monkeypatch):
+    from ltx2_pool.gateway import outlook
+    from ltx2_pool.gateway.upstream import Upstream
+
+    monkeypatch.setattr(outlook, "FRESH", -1.0)
+    url, answers = strange
+    upstream = Upstream(url, [url])
+    asked = outlook.Outlook(upstream, None, 16)
+    for status in (
+        '[]', '"x"', "null", '{"expected_wait_s":"soon"}', '{"expected_wait_s":1e400}', '{"devices":null}',
+        '{"processes":[{"shape":"a@9f"}],"shapes":["a@9f"]}', '{"shapes":["foo", 1]}', '{"waiting_by_shape":{"a":[]}}',
+    ):  # fmt: skip
+        answers["/engine/video/status"] = status.encode()
+        assert (await asked.pool())["shapes"] == []
+        assert await asked.wait(0, 1.0) >= 0
+    for models in ('{"data":["x"]}', '{"data":[{"id":null}]}', '{"data":{"a":1}}', "[]", '{"data":null}'):
+        answers["/v1/models"] = models.encode()
+        assert await asked.models() == []
+    await upstream.close()
+
+
+def test_nobody_waits_for_a_frontend_that_hangs(make_gateway):
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        url = f"http://127.0.0.1:{hangs.getsockname()[1]}"
+        running = make_gateway(types.SimpleNamespace(url=url), workers=f"{url},{url},{url}")
+        with httpx.Client(base_url=running.url, timeout=2) as client:  # the hanging calls take 5 and 15 s
+            for path in ("/health", "/metrics", "/v1/pool", "/v1/models"):
+                assert client.get(path).status_code == 200
