@@ -3,41 +3,92 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ltx2_pool.gateway.upstream import Busy, Upstream
 from ltx2_pool.words.menu import Menu
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 FRESH = 1.0
 """Seconds for which an answer of the frontend or of the workers is good."""
+PATIENCE = 0.5
+"""Seconds to wait for an answer of the frontend or of the workers, before the last one is taken."""
 UNKNOWN_WAIT = 5.0
 """Seconds to tell a client when nobody knows better."""
 POLLS_PER_SECOND = 100
 """Above so many status calls a second, clients that listen are told to ask less often than once a second."""
+_KEY = re.compile(r"\d{1,5}x\d{1,5}@\d{1,5}f(\+.{1,256})?")
 _ORDER = ("unavailable", "cold", "draining", "loading", "spawning", "encoding", "generating", "ready")
 """States of a shape's process, the best last: what is shown of several workers."""
 
 
+class _Process(BaseModel):
+    shape: str | None = None
+    state: str = ""
+
+
+class _Device(BaseModel):
+    budget: int | float | None = None
+    held: int | float | None = None
+    leases: int | None = None
+    processes: int | None = None
+
+
+class _Worker(BaseModel):
+    """What is used of a worker's status."""
+
+    model_config = ConfigDict(protected_namespaces=(), allow_inf_nan=False)
+
+    model: str | None = None
+    health: str | None = None
+    running: int | None = None
+    waiting: int | None = None
+    expected_wait_s: float | None = None
+    max_size: int | None = None
+    version: str | None = None
+    devices: dict[str, _Device] = {}
+    shapes: list[str] = []
+    processes: list[_Process] = []
+    unavailable: dict[str, Any] = {}
+    waiting_by_shape: dict[str, int] = {}
+
+    @property
+    def view(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"shapes", "processes", "unavailable", "waiting_by_shape"})
+
+
 class _Cached(Generic[T]):
-    """An answer that is asked for at most once at a time, and again when it is old."""
+    """An answer that is asked for at most once at a time, and again when it is old. Who asks waits for a moment, and
+    then takes the last one."""
 
     def __init__(self, ask: Callable[[], Awaitable[T]], nothing: T) -> None:
-        self._ask, self._last, self._until = ask, nothing, 0.0
-        self._turn = asyncio.Lock()
+        self._ask, self._last, self._until, self._asked = ask, nothing, 0.0, 0.0
+        self._asking: asyncio.Task[None] | None = None
 
     async def get(self) -> T:
         if time.monotonic() >= self._until:
-            async with self._turn:
-                if time.monotonic() >= self._until:
-                    self._last = await self._ask()
-                    self._until = time.monotonic() + FRESH
+            if self._asking is None or self._asking.done():
+                self._asking, self._asked = asyncio.create_task(self._refresh()), time.monotonic()
+            await asyncio.wait({self._asking}, timeout=max(0, self._asked + PATIENCE - time.monotonic()))
         return self._last
+
+    async def _refresh(self) -> None:
+        try:
+            self._last = await self._ask()
+        except Exception as error:
+            logger.warning("%s: %s", type(error).__name__, error)
+        self._until = time.monotonic() + FRESH
 
 
 class Outlook:
@@ -46,7 +97,7 @@ class Outlook:
     def __init__(self, upstream: Upstream, menu: Menu | None, concurrency: int) -> None:
         self._upstream, self._menu, self._concurrency = upstream, menu, concurrency
         self._models = _Cached[list[dict[str, Any]]](self._ask_models, [])
-        self._statuses = _Cached[list[dict[str, Any]]](upstream.statuses, [])
+        self._statuses = _Cached[list[_Worker]](self._ask_statuses, [])
         self._polls: deque[float] = deque(maxlen=10 * POLLS_PER_SECOND)
         self._default = menu.model if menu is not None else ""
 
@@ -56,14 +107,24 @@ class Outlook:
 
     async def _ask_models(self) -> list[dict[str, Any]]:
         try:
-            return await self._upstream.models()
+            models: list[object] = list(await self._upstream.models())
         except Busy:
             return []
+        return [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
+
+    async def _ask_statuses(self) -> list[_Worker]:
+        workers = []
+        for status in await self._upstream.statuses():
+            try:
+                workers.append(_Worker.model_validate(status))
+            except ValidationError as error:
+                logger.warning("a worker's status cannot be understood: %s", error.errors()[0]["msg"])
+        return workers
 
     async def model(self, asked: str | None) -> str | None:
         """The model that a request is for: the one asked for, or the first; None when it is none of ours, "" when
         nobody can tell."""
-        served = [str(model.get("id")) for model in await self.models()]
+        served = [str(model["id"]) for model in await self.models()]
         if served and not self._default:
             self._default = served[0]
         if asked is None:
@@ -73,7 +134,7 @@ class Outlook:
 
     async def wait(self, queued: int, typical: float) -> float:
         """Seconds that a job accepted now waits: what the workers say, and what waits here besides."""
-        said = [float(status.get("expected_wait_s") or 0) for status in await self._statuses.get()]
+        said = [worker.expected_wait_s or 0 for worker in await self._statuses.get()]
         here = queued * typical / self._concurrency
         return min(said) + here if said else here or UNKNOWN_WAIT
 
@@ -89,25 +150,25 @@ class Outlook:
 
     async def pool(self) -> dict[str, Any]:
         """The pool for the page: models, shapes with their states, workers with their devices."""
-        models, statuses = await asyncio.gather(self.models(), self._statuses.get())
+        models, workers = await asyncio.gather(self.models(), self._statuses.get())
         return {
-            "models": [str(model.get("id")) for model in models],
-            "shapes": [self._shape(key, statuses) for key in self._keys(statuses)],
-            "workers": [_worker(status) for status in statuses],
+            "models": [str(model["id"]) for model in models],
+            "shapes": [self._shape(key, workers) for key in self._keys(workers)],
+            "workers": [worker.view for worker in workers],
         }
 
-    def _keys(self, statuses: list[dict[str, Any]]) -> list[str]:
+    def _keys(self, workers: list[_Worker]) -> list[str]:
         if self._menu is not None:
             return [str(key) for key in self._menu.keys]
-        return list(dict.fromkeys(str(key) for status in statuses for key in status.get("shapes", ())))
+        return list(dict.fromkeys(key for worker in workers for key in worker.shapes if _KEY.fullmatch(key)))
 
-    def _shape(self, text: str, statuses: list[dict[str, Any]]) -> dict[str, Any]:
-        state = "cold" if statuses else "unknown"
-        for status in statuses:
-            found = [p["state"] for p in status.get("processes", ()) if p.get("shape") == text]
-            found += ["unavailable"] if text in status.get("unavailable", {}) else []
+    def _shape(self, text: str, workers: list[_Worker]) -> dict[str, Any]:
+        state = "cold" if workers else "unknown"
+        for worker in workers:
+            found = [process.state for process in worker.processes if process.shape == text]
+            found += ["unavailable"] if text in worker.unavailable else []
             state = max([state, *found], key=lambda s: _ORDER.index(s) if s in _ORDER else 1)
-        waiting = sum(int(status.get("waiting_by_shape", {}).get(text, 0)) for status in statuses)
+        waiting = sum(worker.waiting_by_shape.get(text, 0) for worker in workers)
         shape: dict[str, Any] = {"key": text, "state": state, "waiting": waiting}
         plain, _, variant = text.partition("+")
         size, _, frames = plain.removesuffix("f").partition("@")
@@ -116,12 +177,3 @@ class Outlook:
             shape["seconds"] = round((int(frames) - 1) / self._menu.fps, 2)
             shape["image"] = next((o.image for o in self._menu.offers if str(o.key) == text), True)
         return shape
-
-
-def _worker(status: Mapping[str, Any]) -> dict[str, Any]:
-    known = ("model", "health", "running", "waiting", "expected_wait_s", "max_size", "version")
-    devices = {
-        name: {k: device.get(k) for k in ("budget", "held", "leases", "processes")}
-        for name, device in status.get("devices", {}).items()
-    }
-    return {**{name: status.get(name) for name in known}, "devices": devices}
