@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import errno
 import gc
 import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +26,7 @@ with extra("gateway"):
 
     from ltx2_pool.gateway import keys
     from ltx2_pool.gateway.app import application
+    from ltx2_pool.gateway.content import Content
     from ltx2_pool.gateway.gateway import Gateway
     from ltx2_pool.gateway.settings import GatewaySettings
     from ltx2_pool.gateway.store import Store, StoreError
@@ -30,6 +34,7 @@ with extra("gateway"):
 PROGRAM = "ltx2-gateway"
 KEEP_ALIVE = 75
 """Seconds for which a connection may be idle: longer than clients are told to wait between two looks."""
+BACKLOG = 4096
 GRACE = 5
 """Seconds that answers under way have to end when the gateway is told to stop."""
 
@@ -68,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: GatewaySettings) -> int:
-    gateway = Gateway(settings)
-    gateway.content.check()
-    asyncio.run(_try_store(settings.database))
+    with contextlib.ExitStack() as cleanup:
+        listening = [cleanup.enter_context(each) for each in _listen(settings.host, settings.port)]
+        gateway = _gateway(settings)
+        asyncio.run(_try_store(settings.database))
+        cleanup.pop_all()
     if gateway.keys.are_open:
         logging.warning("no API keys: everybody on this machine may see, make and delete videos")
     config = uvicorn.Config(
@@ -84,7 +91,7 @@ def _serve(settings: GatewaySettings) -> int:
         access_log=False,
         proxy_headers=False,
         log_config=None,
-        backlog=4096,
+        backlog=BACKLOG,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
@@ -97,8 +104,41 @@ def _serve(settings: GatewaySettings) -> int:
         signal.signal(number, lambda *_: None)
     gc.collect()
     gc.freeze()  # what is there now stays: the collector need not look at it while clients wait
-    server.run()
+    server.run(listening)
     return 0 if server.started else 1
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets of all addresses that a name has. Raises SettingsError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise SettingsError(f"--host (LTX2_GATEWAY_HOST) {host}: {error.strerror}") from error
+    sockets = []
+    for family, _, _, _, address in dict.fromkeys(found):
+        try:
+            sockets.append(socket.create_server((str(address[0]), port), family=family, backlog=BACKLOG))
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL and len(found) > 1:  # "localhost", where there is no IPv6
+                continue
+            for each in sockets:
+                each.close()
+            if error.errno == errno.EADDRINUSE:
+                what = "is taken: give another port, or end what listens there"
+            else:
+                what = f"cannot be listened on: {error.strerror}"
+            raise SettingsError(f"--port (LTX2_GATEWAY_PORT) {port} of {address[0]} {what}") from error
+    return sockets
+
+
+def _gateway(settings: GatewaySettings) -> Gateway:
+    """A gateway whose content store takes files. Raises MenuError, CheckpointError, SettingsError."""
+    try:
+        Content(settings.content).check()
+    except Exception as error:  # whatever a store's client throws
+        text = f"{error}".partition("\n")[0] or type(error).__name__
+        raise SettingsError(f"--content (LTX2_GATEWAY_CONTENT) {settings.content}: {text}") from error
+    return Gateway(settings)
 
 
 async def _try_store(url: str) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ltx2_pool.words.extras import extra
@@ -26,7 +26,7 @@ SETTINGS = {"LTX2_POOL_MODE": "1", "LTX2_POOL_READY_MIN": "0", "LTX2_POOL_GPU_CO
 """The page is there at once; the shapes become hot one after the other meanwhile."""
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, description=__doc__)
     parser.add_argument(
         "--work", type=Path, default=Path(".work"), help="checkpoint, caches, jobs (default %(default)s)"
@@ -34,19 +34,21 @@ def main() -> int:
     parser.add_argument("--port", type=int, help=f"of the gateway (default {PORT}, or a free one when it is taken)")
     parser.add_argument("--shapes", type=Path, default=stack.TINY_MENU, help="menu (default: the tiny model's)")
     parser.add_argument("--model", type=Path, help="checkpoint (default: a tiny one, written on first use)")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started is stopped
+    arguments = parser.parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that everything started is stopped
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     console = terminal.console()
-    logs = Path(tempfile.mkdtemp(prefix="ltx2-serve-"))
+    if arguments.port is not None and _taken(arguments.port):
+        parser.error(f"--port {arguments.port} is taken: give another port, or none for a free one")
     try:
-        _serve(console, arguments, logs)
+        with tempfile.TemporaryDirectory(prefix="ltx2-serve-") as logs:
+            _serve(console, arguments, Path(logs))
     except KeyboardInterrupt:
         console.print("stopped; jobs and videos are kept for the next time")
     except stack.StackError as error:
-        print(f"serve failed: {error}\n(logs: {logs})", file=sys.stderr)
+        print(f"serve failed: {error}", file=sys.stderr)
         return 1
-    shutil.rmtree(logs)
     return 0
 
 
@@ -59,7 +61,9 @@ def _serve(console: Console, arguments: argparse.Namespace, logs: Path) -> None:
         with console.status("starting the Dynamo frontend, the worker and the gateway"):
             cleanup.enter_context(running)
             menu = ("--shapes", str(arguments.shapes))
-            url = running.start_gateway(work / "gateway", *menu, port=arguments.port or _port())
+            url = running.start_gateway(
+                work / "gateway", *menu, port=arguments.port or (stack.free_port() if _taken(PORT) else PORT)
+            )
         console.print(f"the page    {url}")
         console.print(f"the API     {url}/v1/videos, for the OpenAI client with base_url={url}/v1 and any key")
         console.print(f"the logs    {logs}")
@@ -75,12 +79,12 @@ def _serve(console: Console, arguments: argparse.Namespace, logs: Path) -> None:
             time.sleep(LOOK_EVERY)
 
 
-def _port() -> int:
-    with socket.socket() as probe, contextlib.suppress(OSError):
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", PORT))
-        return PORT
-    return stack.free_port()
+def _taken(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -16,6 +21,8 @@ from ltx2_pool.gateway.errors import ApiError
 from ltx2_pool.gateway.keys import Keys
 from ltx2_pool.gateway.settings import GatewaySettings
 from ltx2_pool.programs import gateway as program
+from ltx2_pool.programs import serve
+from ltx2_pool.tools.stack import free_port
 from ltx2_pool.words.settings import SettingsError
 from tests.gateway.made_up import mp4
 from tests.paths import REPOSITORY
@@ -96,6 +103,12 @@ def test_a_key_is_known_by_its_hash_only(tmp_path):
         (["--database", "mysql://x"], "--database (LTX2_GATEWAY_DATABASE): Value error, must start with sqlite"),
         (["--frontend", "localhost"], "--frontend (LTX2_GATEWAY_FRONTEND): Value error, a URL starts with http://"),
         (["--database", "sqlite+aiosqlite:////no/such/file"], "--database (LTX2_GATEWAY_DATABASE): "),
+        (["--database", "postgresql+asyncpg://u:p@[::1/x"], "--database (LTX2_GATEWAY_DATABASE): Value error, no URL"),
+        (["--database", "sqlite+aiosqlite:///"], "--database (LTX2_GATEWAY_DATABASE): Value error, names no database"),
+        (["--frontend", "http://a b:99999"], "--frontend (LTX2_GATEWAY_FRONTEND): Value error, http://a b:99999 is no"),
+        (["--retention", "inf"], "--retention (LTX2_GATEWAY_RETENTION): Input should be less than or equal to"),
+        (["--content", "nonsense://x"], "--content (LTX2_GATEWAY_CONTENT) nonsense://x: Protocol not known"),
+        (["--host", "nonsense.invalid", "--api-keys", "/dev/null"], "--host (LTX2_GATEWAY_HOST) nonsense.invalid: "),
         (["--content", "file:///proc/videos"], "No such file or directory: '/proc/videos"),
         (["--shapes", "/no/such/menu"], "/no/such/menu: cannot read the menu"),
         (["--api-keys", "/no/such/keys"], "--api-keys (LTX2_API_KEYS_FILE) /no/such/keys: "),
@@ -106,12 +119,40 @@ def test_what_is_wrong_at_the_start_is_said_in_one_line(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.umask", lambda mask: mask)
     monkeypatch.setattr(program, "_raise_descriptors", lambda: None)
+    monkeypatch.setenv("LTX2_GATEWAY_PORT", str(free_port()))
     try:
         status = program.main(arguments)
     except SystemExit as end:
         status = end.code
     assert status == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.umask", lambda mask: mask)
+    monkeypatch.setattr(program, "_raise_descriptors", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert program.main(["--port", port]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"--port (LTX2_GATEWAY_PORT) {port} of 127.0.0.1 is taken: give another port" in said
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(SystemExit) as end:
+            serve.main(["--port", port])
+    assert end.value.code == 2
+    assert f"--port {port} is taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, None])
+def test_serve_leaves_no_directory_however_it_ends(tmp_path, number):
+    made_up = "import os, signal, sys; from ltx2_pool.programs import serve; from ltx2_pool.tools import stack\n"
+    end = "raise stack.StackError('no')" if number is None else f"os.kill(os.getpid(), {int(number)}); signal.pause()"
+    made_up += f"def made_up(*_): {end}\nserve._serve = made_up\nsys.exit(serve.main([]))"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", made_up], env=environment, timeout=60, check=False)
+    assert ended.returncode == {None: 1, signal.SIGINT: 0}.get(number, 128 + (number or 0))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_key_is_printed_apart_from_its_line(tmp_path, capsys):
