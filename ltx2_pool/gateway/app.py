@@ -102,7 +102,6 @@ class _Edge:
                     "too many large requests come in at once; try again later",
                     code="too_many_uploads",
                     retry_after=2,
-                    headers={"connection": "close"},
                 )
             return message
 
