@@ -105,7 +105,8 @@ def test_bodies_that_come_in_at_once_are_bounded(make_gateway, frontend):
         answered.sendall(b"x" * 5)
         ended = b""
         while b"too_many_uploads" not in ended:  # the connection is kept: its client hears of it when it has sent all
-            assert (more := answered.recv(4096)), ended
+            more = answered.recv(4096)
+            assert more, ended
             ended += more
     assert b" 503 " in ended.splitlines()[0]
     assert b"retry-after: 2" in ended
