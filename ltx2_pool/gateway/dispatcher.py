@@ -22,7 +22,7 @@ from ltx2_pool.gateway.jobs import Claimed
 from ltx2_pool.gateway.metrics import GatewayMetrics
 from ltx2_pool.gateway.news import News
 from ltx2_pool.gateway.settings import GatewaySettings
-from ltx2_pool.gateway.store import Refused, Store, StoreError
+from ltx2_pool.gateway.store import Refused, Store, StoreError, storable
 from ltx2_pool.gateway.upstream import Busy, Failed, Lost
 
 logger = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ class Dispatcher:
         ours = await self._store.fail(work.job.id, work.token, code, message, self._settings.retention)
         if ours:
             self._metrics.ended.labels("timeout" if code == "timeout" else "failed").inc()
-            logger.warning("job %s failed: %s: %s", work.job.id, code, message)
+            logger.warning("job %s failed: %s: %s", work.job.id, code, storable(message, 2000))
         return ours
 
     async def _again(self, work: _Work, reason: str, why: str, after: float, *, counted: bool) -> bool:
