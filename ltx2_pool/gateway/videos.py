@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from ltx2_pool.gateway import delivery, intake, stills
 from ltx2_pool.gateway.errors import ApiError, not_found
 from ltx2_pool.gateway.gateway import Gateway
 from ltx2_pool.gateway.intake import Create
-from ltx2_pool.gateway.jobs import ENDED, Job
+from ltx2_pool.gateway.jobs import ENDED, Job, new_id
 from ltx2_pool.gateway.keys import Owner
 from ltx2_pool.gateway.passing import pass_on
 from ltx2_pool.gateway.store import Conflict, Full
@@ -88,7 +87,7 @@ async def _accept(
     if size > gateway.max_body:
         raise ApiError(413, f"the request is too large with its pictures: at most {gateway.max_body} bytes")
     job = Job(
-        id=_new_id(),
+        id=new_id(),
         owner=owner.name,
         status="queued",
         progress=0,
@@ -130,11 +129,6 @@ def _conflicts() -> Iterator[None]:
         raise ApiError(
             422, "this Idempotency-Key was used with another request", code="idempotency_key_reused"
         ) from None
-
-
-def _new_id() -> str:
-    """An id that nobody guesses, and that sorts by its time in microseconds: a place in a list, whatever is deleted."""
-    return f"video_{time.time_ns() // 1000:013x}{secrets.randbits(76):019x}"
 
 
 def _seconds(gateway: Gateway, asked: Create, shape: Shape | None) -> str:
