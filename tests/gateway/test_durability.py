@@ -73,8 +73,8 @@ def test_a_gateway_that_is_told_to_stop_lets_jobs_finish(make_gateway, own_front
 def test_what_goes_wrong_upstream_is_tried_again(gateway, frontend, what):
     id = gateway.create(what)
     assert gateway.ended(id)["status"] == "completed"
-    assert asked(frontend, what) == 2
-    assert len(files(gateway, id)) == 1
+    assert asked(frontend, what) >= 2  # more often where a claim runs out on a machine that is slow
+    wait(lambda: len(files(gateway, id)) == 1)
 
 
 def asked(frontend: Frontend, prompt: str) -> int:
