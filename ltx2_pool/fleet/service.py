@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import signal
 from typing import Any
 
 from dynamo.common.utils.namespace import get_worker_namespace
-from dynamo.common.utils.prometheus import register_engine_metrics_callback
-from dynamo.runtime import DistributedRuntime
 
 from ltx2_pool.fleet.metrics import Metrics
 from ltx2_pool.fleet.router import Router, keep_looking, until_somebody_is_there
 from ltx2_pool.fleet.settings import RouterSettings
-from ltx2_pool.serving.exits import LOST, STOPPED, LastResort
-from ltx2_pool.serving.names import FORECASTS, Names
+from ltx2_pool.serving.exits import ABORT_TIMEOUT, LOST, STOPPED, LastResort
+from ltx2_pool.serving.names import FORECASTS, UNREGISTER_GRACE, Names, leave, publish
 from ltx2_pool.serving.presence import Absent
+from ltx2_pool.serving.runtime import connect
 from ltx2_pool.words.menu import Menu
 
 logger = logging.getLogger(__name__)
 
-UNREGISTER_GRACE = 0.5
-"""Seconds between leaving discovery and closing the endpoint: a request that was on its way still gets in."""
-LEAVE_TIMEOUT = 3.0
-"""Seconds for leaving discovery; a lease that is not renewed ends by itself."""
-ABORT_TIMEOUT = 8.0
-"""Seconds from the second signal, or the end of the drain, to the end of the process, whatever hangs."""
-
 
 async def serve(settings: RouterSettings, menu: Menu, last_resort: LastResort) -> int:
     """Register the model once a worker is there, pass requests on until a signal, drain; the exit status."""
-    os.environ["DYN_DISCOVERY_BACKEND"] = settings.discovery
-    if settings.discovery in ("file", "mem"):
-        os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
-    loop = asyncio.get_running_loop()
-    runtime = DistributedRuntime(loop, settings.discovery, os.environ.get("DYN_REQUEST_PLANE", "tcp"))
+    runtime = connect(settings.discovery)
     told = asyncio.Event()
 
     def on_signal() -> None:
@@ -46,7 +32,7 @@ async def serve(settings: RouterSettings, menu: Menu, last_resort: LastResort) -
         told.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
     namespace = get_worker_namespace(settings.namespace)
     model = settings.served_model_name or menu.model
     models = [model, *menu.models[1:]]
@@ -61,7 +47,7 @@ async def serve(settings: RouterSettings, menu: Menu, last_resort: LastResort) -
     )
     path = f"{namespace}.{settings.component}.{settings.endpoint}"
     names = Names(runtime, path, models, str(settings.shapes), settings.discovery)
-    _publish(runtime, names, metrics, namespace, settings, model)
+    publish(names.endpoint, path, metrics.registry, model)
     ending = asyncio.create_task(told.wait())
     looking = asyncio.create_task(keep_looking(router, settings.interval))
     try:
@@ -76,20 +62,6 @@ async def serve(settings: RouterSettings, menu: Menu, last_resort: LastResort) -
         return status
     finally:
         looking.cancel()
-
-
-def _publish(
-    runtime: Any, names: Names, metrics: Metrics, namespace: str, settings: RouterSettings, model: str
-) -> None:
-    """Metrics, on Dynamo's system port."""
-    register_engine_metrics_callback(
-        names.endpoint,
-        metrics.registry,
-        namespace_name=namespace,
-        component_name=settings.component,
-        endpoint_name=settings.endpoint,
-        model_name=model,
-    )
 
 
 async def _serve(
@@ -108,9 +80,7 @@ async def _serve(
     keeping.cancel()
     runtime.set_health_status(False)
     logger.info("leaving: %d requests have %g s", router.working, settings.drain_timeout)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LEAVE_TIMEOUT):
-            await names.want(False)
+    await leave(names)
     await asyncio.sleep(UNREGISTER_GRACE)
     runtime.shutdown()
     await asyncio.wait({serving}, timeout=settings.drain_timeout)

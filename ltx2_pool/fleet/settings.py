@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ltx2_pool.words.option import DISCOVERY, Discovery, discovery, option
+from ltx2_pool.words.option import DISCOVERY, SERVED_MODEL_NAME, Discovery, discovery, option
 
 
 class RouterSettings(BaseModel):
@@ -22,12 +22,7 @@ class RouterSettings(BaseModel):
         "directory of the workers' checkpoint, for a menu that leaves open what a base checkpoint can do",
         flag="--checkpoint",
     )
-    served_model_name: str | None = option(
-        None,
-        "LTX2_SERVED_MODEL_NAME",
-        "the name that clients put in the request's model field (default: the menu's model)",
-        flag="--served-model-name",
-    )
+    served_model_name: str | None = option(None, **SERVED_MODEL_NAME)
     interval: float = option(
         0.5,
         "LTX2_ROUTER_INTERVAL",

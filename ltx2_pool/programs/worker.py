@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import shutil
@@ -159,16 +158,10 @@ async def _serve(
     not_baked: Collection[str],
     last_resort: exits.LastResort,
 ) -> int:
-    from dynamo.runtime import DistributedRuntime
-
     from ltx2_pool.serving import endpoint
+    from ltx2_pool.serving.runtime import connect
 
-    os.environ["DYN_DISCOVERY_BACKEND"] = settings.discovery
-    if settings.discovery in ("file", "mem"):
-        # Neither NATS nor etcd: what a single host needs.
-        os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
-    request_plane = os.environ.get("DYN_REQUEST_PLANE", "tcp")
-    runtime = DistributedRuntime(asyncio.get_running_loop(), settings.discovery, request_plane)
+    runtime = connect(settings.discovery)
     metrics = Metrics([str(key) for key in menu.keys], [device.id for device in chosen])
     baked = [key for key in menu.keys if settings.pool_mode and str(key) not in not_baked]
     for key in menu.keys:

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from dynamo.common.utils.namespace import get_worker_namespace
-from dynamo.common.utils.prometheus import register_engine_metrics_callback
 
 from ltx2_pool import __version__
 from ltx2_pool.processes.pictures import PictureReader
 from ltx2_pool.serving.delivery import Deliverer, MediaStore
 from ltx2_pool.serving.descriptors import Descriptors, Exhausted
-from ltx2_pool.serving.exits import BROKEN, FAILED, LOST, STOPPED, LastResort
+from ltx2_pool.serving.exits import ABORT_TIMEOUT, BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.handler import Counters, VideoHandler
 from ltx2_pool.serving.intake import Intake
-from ltx2_pool.serving.names import BehindRouter, Names
+from ltx2_pool.serving.names import UNREGISTER_GRACE, BehindRouter, Names, leave, publish
 from ltx2_pool.serving.presence import Absent
 from ltx2_pool.serving.threads import Lane
 from ltx2_pool.serving.traffic import Traffic
@@ -39,16 +38,10 @@ Health = Literal["starting", "able", "unable", "broken"]
 
 REGISTER_TIMEOUT = 120.0
 """Seconds for registering the model."""
-LEAVE_TIMEOUT = 3.0
-"""Seconds for leaving discovery; a lease that is not renewed ends by itself."""
-UNREGISTER_GRACE = 0.5
-"""Seconds between leaving discovery and closing the endpoint: a request that was on its way still gets in."""
 BROKEN_DRAIN = 30.0
 """Seconds that a broken worker drains at most: what it could still make is made by then."""
 SETTLE = 3.0
 """Seconds for the answers of requests that were given up to leave."""
-ABORT_TIMEOUT = 8.0
-"""Seconds from the second signal to the end of the process, whatever hangs."""
 
 
 class Pool(Protocol):
@@ -149,7 +142,7 @@ class Worker:
             recipes=recipes,
         )
         self._namespace = get_worker_namespace(settings.namespace)
-        path = f"{self._namespace}.{settings.component}.{settings.endpoint}"
+        path = self._path = f"{self._namespace}.{settings.component}.{settings.endpoint}"
         names = [self._model, *menu.models[1:]]
         self._names: Names | BehindRouter = Names(runtime, path, names, str(settings.model), settings.discovery)
         if settings.router:
@@ -205,14 +198,7 @@ class Worker:
     def _publish(self) -> None:
         """Metrics and status, on Dynamo's system port."""
         self._runtime.register_engine_route("video/status", self._status)
-        register_engine_metrics_callback(
-            self._names.endpoint,
-            self._metrics.registry,
-            namespace_name=self._namespace,
-            component_name=self._settings.component,
-            endpoint_name=self._settings.endpoint,
-            model_name=self._model,
-        )
+        publish(self._names.endpoint, self._path, self._metrics.registry, self._model)
         port = os.environ.get("DYN_SYSTEM_PORT", "")
         if port.isdigit() and int(port):
             logger.info("metrics and status are on system port %s", port)
@@ -355,9 +341,7 @@ class Worker:
         logger.log(level, "ending with status %d: %s; jobs have %.0f s", end.status, end.why, end.drain)
         self._runtime.set_health_status(False)
         if self._serving is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LEAVE_TIMEOUT):
-                    await self._names.want(False)
+            await leave(self._names)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._aborted.wait(), UNREGISTER_GRACE)
         # Ends what serve_endpoint waits for, and nothing that a handler is doing.

@@ -20,6 +20,8 @@ LOST = 3
 BROKEN = 4
 """Exit status of a worker in which nothing can be made, whatever is tried."""
 
+ABORT_TIMEOUT = 8.0
+"""Seconds from the second signal, or the end of the drain, to the end of the process, whatever hangs."""
 WAY_OUT = 15.0
 """Seconds from the end of the serving to the end of the process: threads, directories, the interpreter's own end."""
 

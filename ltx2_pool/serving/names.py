@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from dynamo.common.utils.prometheus import register_engine_metrics_callback
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 
 from ltx2_pool.serving.presence import DynamoDirectory, presence
+
+LEAVE_TIMEOUT = 3.0
+"""Seconds for leaving discovery; a lease that is not renewed ends by itself."""
+UNREGISTER_GRACE = 0.5
+"""Seconds between leaving discovery and closing the endpoint: a request that was on its way still gets in."""
 
 
 class Names:
@@ -68,6 +75,26 @@ class Names:
         finally:
             for one in keeping:
                 one.cancel()
+
+
+async def leave(names: Names | BehindRouter) -> None:
+    """Out of discovery, in LEAVE_TIMEOUT at most."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LEAVE_TIMEOUT):
+            await names.want(False)
+
+
+def publish(endpoint: Any, path: str, registry: Any, model: str) -> None:
+    """Have a registry scraped on Dynamo's system port, with the labels of the endpoint at `path`."""
+    namespace, component, name = path.rsplit(".", 2)
+    register_engine_metrics_callback(
+        endpoint,
+        registry,
+        namespace_name=namespace,
+        component_name=component,
+        endpoint_name=name,
+        model_name=model,
+    )
 
 
 FORECASTS = "_forecast"

@@ -26,6 +26,13 @@ DISCOVERY = {
 }
 """The option that every program has that talks to Dynamo itself."""
 
+SERVED_MODEL_NAME = {
+    "env": "LTX2_SERVED_MODEL_NAME",
+    "help": "the name that clients put in the request's model field (default: the menu's model)",
+    "flag": "--served-model-name",
+}
+"""The option of every program that registers a model."""
+
 
 def discovery(backend: Discovery | None) -> str:
     """The discovery backend to use, the default resolved."""

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ltx2_pool.words.checkpoint import Checkpoint, CheckpointError, Kind
-from ltx2_pool.words.option import DISCOVERY, Discovery, boolean, discovery, option
+from ltx2_pool.words.option import DISCOVERY, SERVED_MODEL_NAME, Discovery, boolean, discovery, option
 from ltx2_pool.words.pictures import PictureLimits
 from ltx2_pool.words.recipe import AttentionKernel, Recipe, VideoCodec, VideoPreset, VideoSettings
 
@@ -30,12 +30,7 @@ class Settings(BaseModel):
         flag="--kind",
     )
     shapes: Path = option(Path("shapes.yaml"), "LTX2_SHAPES", "the menu file", flag="--shapes")
-    served_model_name: str | None = option(
-        None,
-        "LTX2_SERVED_MODEL_NAME",
-        "the name that clients put in the request's model field (default: the menu's model)",
-        flag="--served-model-name",
-    )
+    served_model_name: str | None = option(None, **SERVED_MODEL_NAME)
     cache_root: Path = option(
         Path("/cache"),
         "LTX2_CACHE_ROOT",

@@ -7,10 +7,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +23,8 @@ from ltx2_pool.tools.stack import Stack
 from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import CacheDirs, Key, Shape
 from tests.paths import REPOSITORY
+from tests.waiting import in_background as in_background
+from tests.waiting import wait as wait
 
 WORK = REPOSITORY / ".work"
 MENU = stack.TINY_MENU
@@ -125,29 +124,6 @@ def check(data: bytes, shape: Shape) -> VideoInfo:
 
 def pids(running: Stack) -> dict[str, int]:
     return {p["shape"]: p["pid"] for p in running.status()["processes"]}
-
-
-def wait(condition: Callable[[], T], timeout: float = 120) -> T:
-    """Wait for something that only looking tells, and return it."""
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come to pass in time"
-        time.sleep(0.02)
-    return found
-
-
-def in_background(function: Callable[[], T]) -> Future[T]:
-    """Run it in a thread that does not outlive the tests."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from ltx2_pool.tools.stack import TINY_MENU, Stack, _stop, free_port
+from tests import waiting
 from tests.paths import REPOSITORY
 
 WORKER = (sys.executable, "-m", "tests.serving.made_up_worker")
@@ -79,11 +80,7 @@ class FleetStack(Stack):
         super().close()
 
 
-def wait(condition: Callable[[], object], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.02)
+wait = functools.partial(waiting.wait, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from ltx2_pool.tools.stack import TINY_MENU
 from ltx2_pool.words.menu import Menu
 from tests.fleet.conftest import FleetStack, wait
-from tests.serving.made_up import CONTENT
+from tests.serving.made_up import CONTENT, STATUSES
 
 SHAPES = Menu.load(TINY_MENU).shapes
 
@@ -29,21 +29,7 @@ def test_a_video_crosses_the_router(fleet):
     assert base64.b64decode(ask(fleet).json()["data"][0]["b64_json"]) == CONTENT
 
 
-@pytest.mark.parametrize(
-    ("prompt", "status"),
-    [
-        ("no room", 503),
-        ("queue full", 429),
-        ("unavailable", 503),
-        ("lost", 503),
-        ("soft", 500),
-        ("a bug", 500),
-        ("timeout", 504),
-        ("gen timeout", 504),
-        ("poisonous", 400),
-        ("refused", 400),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "status"), STATUSES.items())
 def test_each_failure_keeps_its_status_and_quarantines_nobody(fleet, prompt, status):
     assert ask(fleet, prompt=prompt).status_code == status
     assert ask(fleet).status_code == 200

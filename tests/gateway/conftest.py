@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 
 from ltx2_pool.gateway import keys
 from ltx2_pool.tools import postgres, stack
+from tests import waiting
 from tests.gateway.made_up import Frontend
 
 
@@ -76,13 +77,7 @@ class Running:
         raise AssertionError(f"no {series}")
 
 
-def wait(condition: Callable[[], Any], timeout: float = 30) -> Any:
-    """Wait for something that only looking tells, and return it."""
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come to pass in time"
-        time.sleep(0.02)
-    return found
+wait = functools.partial(waiting.wait, timeout=30)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,19 @@ FAILURES: dict[str, Callable[[Job], Exception]] = {
     "a bug": lambda job: KeyError("a bug"),
 }
 """Prompts with which the made-up pool fails, and how."""
+STATUSES = {
+    "no room": 503,
+    "queue full": 429,
+    "unavailable": 503,
+    "lost": 503,
+    "soft": 500,
+    "a bug": 500,
+    "timeout": 504,
+    "gen timeout": 504,
+    "poisonous": 400,
+    "refused": 400,
+}
+"""What a client is told of each."""
 
 
 async def until(condition: Callable[[], object], timeout: float = 20) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import httpx
@@ -18,8 +16,10 @@ import pytest
 
 from ltx2_pool.serving.exits import BROKEN, STOPPED
 from ltx2_pool.tools.stack import TINY_MENU, Stack
+from tests import waiting
 from tests.paths import REPOSITORY
-from tests.serving.made_up import CONTENT
+from tests.serving.made_up import CONTENT, STATUSES
+from tests.waiting import in_background
 
 PROGRAM = (sys.executable, "-m", "tests.serving.made_up_worker")
 
@@ -38,24 +38,7 @@ def make(directory: Path, **environment: str) -> Stack:
     )
 
 
-def wait(condition: Callable[[], object], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.02)
-
-
-def in_background(function: Callable[[], httpx.Response]) -> Future[httpx.Response]:
-    future: Future[httpx.Response] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
+wait = functools.partial(waiting.wait, timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +59,7 @@ def test_a_video_crosses_the_wire(stack):
     assert base64.b64decode(answer.json()["data"][0]["b64_json"]) == CONTENT
 
 
-@pytest.mark.parametrize(
-    ("prompt", "status"),
-    [
-        ("no room", 503),
-        ("queue full", 429),
-        ("unavailable", 503),
-        ("lost", 503),
-        ("soft", 500),
-        ("a bug", 500),
-        ("timeout", 504),
-        ("gen timeout", 504),
-        ("poisonous", 400),
-        ("refused", 400),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "status"), STATUSES.items())
 def test_each_failure_has_its_status_and_quarantines_nobody(stack, prompt, status):
     assert stack.create(prompt).status_code == status
     assert stack.create("fine").status_code == 200

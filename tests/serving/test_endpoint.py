@@ -27,7 +27,7 @@ def start(tmp_path, monkeypatch):
     HangingFileSystem.start_again()
     monkeypatch.setattr(endpoint, "UNREGISTER_GRACE", 0.01)
     monkeypatch.setattr(endpoint, "SETTLE", 0.2)
-    monkeypatch.setattr(endpoint, "register_engine_metrics_callback", lambda *_, **__: None)
+    monkeypatch.setattr(names, "register_engine_metrics_callback", lambda *_, **__: None)
 
     async def register_model(*_, **__):
         pass
@@ -235,7 +235,7 @@ async def test_unable_while_the_end_of_a_shortage_is_told_is_neither_listed_nor_
 
 async def test_broken_ends_a_worker_that_cannot_leave_discovery(start, monkeypatch):
     monkeypatch.setattr(presence, "ANSWER_TIMEOUT", 0.05)
-    monkeypatch.setattr(endpoint, "LEAVE_TIMEOUT", 0.05)
+    monkeypatch.setattr(names, "LEAVE_TIMEOUT", 0.05)
     worker = await start()
     leaving = asyncio.Event()
 
