@@ -28,6 +28,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/vulture
 
 lock: $(VENV)/.uv  ## resolve pyproject.toml into requirements.lock (the image's) and requirements-dev.lock (that, and the tools)
 	$(COMPILE) --output-file requirements.lock

@@ -273,17 +273,6 @@ def device() -> tuple[str, str]:
     return first.name, first.capability
 
 
-def device_memory() -> int:
-    """Bytes of memory of the first visible GPU; 0 without one. Raises DeviceError."""
-    return devices.visible()[0].total
-
-
-def device_uuid() -> str | None:
-    """The first visible GPU's UUID; None without one. Raises DeviceError."""
-    first = devices.visible()[0]
-    return first.id if first.is_gpu else None
-
-
 @functools.cache
 def _config_digest(model_path: str) -> str:
     root = Path(model_path)

@@ -51,6 +51,6 @@ def arrivals(
             now_rate *= BURST_RATE if burst else (1 - BURSTS * BURST_RATE) / (1 - BURSTS)
         now += chance.expovariate(now_rate)
         if pattern == "bursts" and now >= until:
-            now = until  # the rate is another from there on, and an exponential gap may be drawn anew at any moment
+            now = until  # the rate changes there, and an exponential gap has no memory: it may be drawn again
         elif now < seconds:
             yield now, chance.choices(keys, cum_weights=cumulative)[0]

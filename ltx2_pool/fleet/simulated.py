@@ -1,8 +1,8 @@
 """One worker under a simulated clock: its book, its ledger and its decision are the real ones.
 
 Simulated is what takes time: starts, tracing, the device, the encoder. Whatever computes on a device at once shares it
-evenly (processor sharing), so a first video, which runs beside the others without a lease, costs those others what it
-costs them on a real device. Not simulated: memory that runs out, and faults of shape processes.
+evenly (processor sharing), so a first video, which runs alongside the others without a lease, costs those others what
+it costs them on a real device. Not simulated: memory that runs out, and faults of shape processes.
 """
 
 from __future__ import annotations

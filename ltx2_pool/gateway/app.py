@@ -234,4 +234,4 @@ ROUTES = [
     Route("/openapi.json", _document),
     *(Route(f"/{name}", _page) for name in PAGE),
 ]
-"""The API is also described in openapi.yaml, which a test holds against this."""
+"""The API is also described in openapi.yaml; a test compares the two."""

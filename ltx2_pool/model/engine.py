@@ -131,7 +131,7 @@ class Generator:
             self._announce(self._stage("ltx2_upsample_stage"), "refine")
             self._only_refining("ltx2_upsample_stage")
             self._only_refining("ltx2_refine_denoising_stage")
-        # Audio is decoded later, beside the frames: see generate().
+        # Audio is decoded later, alongside the frames: see generate().
         self._decode_audio = self._stage("audio_decoding_stage").forward
         self._stage("audio_decoding_stage").forward = lambda batch, _args: batch
         # FastVideo's own way to leave the decoding to somebody else (pipelines/stages/decoding.py: forward).

@@ -48,7 +48,7 @@ _UPRIGHT = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""What undoes each orientation of EXIF. ImageOps.exif_transpose writes the rest of EXIF anew as well, and fails where
+"""What undoes each orientation of EXIF. ImageOps.exif_transpose also rewrites the rest of EXIF, and fails where
 that is damaged: then a picture would be refused, or lie on its side, for what nobody looks at."""
 _ROWS = 32
 """So many rows of the result are computed at a time: this bounds the memory that floating point takes."""

@@ -112,7 +112,7 @@ class Host(ABC):
         return 0.0
 
     def give_up(self, device: str) -> None:  # noqa: B027 - not every host lends
-        """The device is taken out: end what lends there. The next start on it starts that anew."""
+        """The device is taken out: end what lends there. The next start on it brings that back."""
 
     @property
     def broken(self) -> str | None:

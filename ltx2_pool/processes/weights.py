@@ -237,7 +237,7 @@ class Weights:
                         await self.ready()
 
     def give_up(self) -> None:
-        """End the weights process, and lend nothing of it any more; the next who needs it has it started anew."""
+        """End the weights process, and lend nothing more of it; the next start that needs it starts another."""
         self._let_go()
         if self._process is not None:
             self._process.kill()

@@ -167,7 +167,7 @@ class Book:
         self.durations.ready(process.key, seconds)
 
     def start_failed(self, process: Reservation, lost: ProcessLost, now: float) -> bool:
-        """A process was lost before it took jobs. Returns whether that is held against the shape."""
+        """A process was lost before it took jobs. Returns whether that counts against the shape."""
         alone = self.ledger.alone(process)
         if lost.reason == "oom":
             self.ledger.ran_out(process)

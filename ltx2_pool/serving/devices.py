@@ -1,7 +1,7 @@
 """Which devices are in service: one that faults and faults is taken out, and tried again after a growing pause. Pure.
 
 A fault says that a device is bad, or that a key or a job is; where it happens tells which. Faults in a row, with no
-video in between, are held against the device, unless the same key has faulted on another device as well: then it is the
+video in between, count against the device, unless the same key has faulted on another device as well: then it is the
 key's. The last device in service is never taken out.
 """
 
@@ -18,7 +18,7 @@ _HOPELESS = 30.0
 
 
 class Devices:
-    """What is held against each device, and until when it is out of service."""
+    """What counts against each device, and until when it is out of service."""
 
     def __init__(self, names: Sequence[str], pauses: Pauses) -> None:
         self._pauses = pauses

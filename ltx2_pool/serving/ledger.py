@@ -26,7 +26,7 @@ class Phase(enum.Enum):
     LOADING = "loading"
     """It starts before anybody knows what the weights leave of the device."""
     SPAWNING = "spawning"
-    """It starts, or makes its first video, which compiles: beside the others, without a lease."""
+    """It starts, or makes its first video, which compiles: alongside the others, without a lease."""
     IDLE = "idle"
     GENERATING = "generating"
     """It makes a video, and holds a lease on each of its devices."""

@@ -119,7 +119,7 @@ async def _fetched(url: str, limits: PictureLimits) -> bytes:
     _check(url, limits.hosts)
     client = _Client(limits.hosts)  # its own: no connection and no cookie of one client's fetch is there for another's
     try:
-        async with asyncio.timeout(limits.timeout):  # Dynamo's is for each redirect anew
+        async with asyncio.timeout(limits.timeout):  # Dynamo's starts again with each redirect
             policy = UrlValidationPolicy()
             body: bytes = await client.fetch_bytes(url, limits.timeout, policy=policy, max_bytes=limits.max_bytes)
             return body

@@ -88,7 +88,7 @@ class Report:
         self._last_errors[str(key)] = str(lost)
 
     def start_failed(self, key: Key, lost: ProcessLost, guilty: bool) -> None:
-        """A process was lost before it took jobs; `guilty`: that is held against its shape."""
+        """A process was lost before it took jobs; `guilty`: that counts against its shape."""
         self.lost(key, lost)
         starts = self._book.starts.get(key)
         failures = starts.failures if starts is not None else 0

@@ -64,7 +64,7 @@ class Turns:
     """Start-time fair queueing over users, each job of cost one (Goyal, Vin, Cheng: Start-time Fair Queuing, 1996).
 
     A job's turn is one after its user's last, or after the turn that was last served: whoever asks seldom is served
-    beside whoever has fifty jobs waiting, and nobody gains by having been idle.
+    alongside whoever has fifty jobs waiting, and nobody gains by having been idle.
     """
 
     def __init__(self) -> None:

@@ -83,7 +83,6 @@ class World:
         self.answers: Counter[int] = Counter()
         self.cancelled: set[int] = set()
         self.faults: Counter[Job] = Counter()
-        self.passes: Counter[int] = Counter()
         self.kind: Counter[str] = Counter()
         self.helpers: dict[str, Pause] = {}
 

@@ -31,7 +31,7 @@ class Fault:
     begin: Callable[[Target], contextlib.AbstractContextManager[bool]]
     """Entered while it lasts; yields whether there was anything to harm."""
     share: int
-    """How often it is chosen, beside the others."""
+    """How often it is chosen, relative to the others."""
     seconds: float = 0.0
     of_files: bool = False
     """Jobs that it meets may end in an error of their file, which is then true."""
