@@ -39,6 +39,10 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 COPY pyproject.toml README.md ./
 COPY ltx2_pool ltx2_pool
 RUN uv pip install --no-deps --no-build-isolation .
+# What is in here, with versions, dependencies and licences (CycloneDX); the program that writes it stays behind.
+RUN python3 -m venv /opt/sbom \
+    && /opt/sbom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0 \
+    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o /opt/venv/sbom.cdx.json /opt/venv/bin/python
 
 FROM ${CUDA_BASE} AS runtime
 # Triton and inductor compile their launchers at run time: that needs a C++ compiler and Python's headers.
