@@ -18,8 +18,9 @@ serve: $(INSTALLED)  ## frontend, worker and gateway, and the page at http://127
 demo: $(INSTALLED)  ## four videos through the real frontend, a table and a contact sheet
 	$(RUN) -m ltx2_pool.programs.demo
 
+# On a busy machine a real process may miss a deadline of its test: what failed beside others is run once more, alone, and said.
 test: $(INSTALLED) lint  ## the whole suite, two files of tests at a time
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile || { echo 'once more, alone, what failed:' && $(RUN) -m pytest --last-failed --last-failed-no-failures none; }
 
 unit: $(INSTALLED)  ## only what needs no FastVideo
 	$(RUN) -m pytest tests/unit
