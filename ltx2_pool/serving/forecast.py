@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from ltx2_pool.serving.book import Book
 from ltx2_pool.serving.ledger import Phase
@@ -15,27 +16,31 @@ from ltx2_pool.words.shapes import Key
 LEFT_AT_LEAST = 0.1
 """Of its shape's seconds, what a job that runs still takes at least, as far as anybody knows."""
 
+Count = Annotated[int, Field(ge=0, le=10**6)]
+Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
+"""What is beyond them is nonsense, and would spoil what is known of all other workers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """A pool at one moment; keys are written as in status and metrics."""
 
-    leases: int
+    leases: Annotated[int, Field(ge=1, le=10**6)]
     """On all devices together."""
-    free: int
+    free: Annotated[int, Field(ge=-(10**6), le=10**6)]
     """Leases less the jobs that compute or wait; below 0 when there are more. A first video counts: it computes beside
     the others without a lease, and slows them down."""
-    work: float
+    work: Seconds
     """Device seconds until everything that runs or waits is done, divided by `leases`."""
-    processes: Mapping[str, int] = field(default_factory=dict)
+    processes: Mapping[str, Count] = field(default_factory=dict)
     """By key: those that take jobs or will, once started."""
-    jobs: Mapping[str, int] = field(default_factory=dict)
+    jobs: Mapping[str, Count] = field(default_factory=dict)
     """By key: those that run or wait."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, Seconds] = field(default_factory=dict)
     """By key that has a process or a job: what a video took lately."""
-    unmeasured: Mapping[str, int] = field(default_factory=dict)
+    unmeasured: Mapping[str, Count] = field(default_factory=dict)
     """By key: the jobs of which `work` knows nothing, because no video of the key was made here yet."""
-    spawn: float | None = None
+    spawn: Seconds | None = None
     """What a video takes longer, lately, when a process has to be started for it; None: nobody knows yet."""
     unavailable: frozenset[str] = frozenset()
     """Keys whose jobs would be refused."""

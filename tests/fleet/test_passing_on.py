@@ -165,7 +165,28 @@ async def test_a_client_that_goes_in_the_middle_leaves_nothing_behind():
     assert not one._fleet._views[1].sent
 
 
-@pytest.mark.parametrize("said", [{}, {"leases": "many"}, ValueError("no such endpoint")])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"leases": "many"},
+        ValueError("no such endpoint"),
+        *(
+            {**idle(*MENU.keys)[0], **nonsense}
+            for nonsense in (
+                {"leases": 0},
+                {"work": float("nan")},
+                {"work": float("inf")},
+                {"spawn": float("inf")},
+                {"spawn": -1.0},
+                {"seconds": {str(MENU.keys[0]): float("nan")}},
+                {"seconds": {str(MENU.keys[0]): -1e9}},
+                {"unmeasured": {str(MENU.keys[0]): 10**400}},
+                {"processes": {str(MENU.keys[0]): -1}},
+            )
+        ),
+    ],
+)
 async def test_a_worker_that_says_nothing_sensible_is_unheard_and_serves(said):
     one = router(Workers(w1=["video"]), Workers(w1=[said]))
     await one.look()
