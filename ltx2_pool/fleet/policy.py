@@ -130,6 +130,11 @@ class Fleet:
             for key in view.keys:
                 self._hot[key].discard(worker)
 
+    def keep(self, workers: Collection[int]) -> None:
+        """These are all that there are."""
+        for worker in [worker for worker in self._views if worker not in workers]:
+            self.forget(worker)
+
     def sent(self, worker: int, key: str | None, now: float) -> Sent:
         """A job goes to a worker; give it to :meth:`ended` when it is answered."""
         view = self._views.setdefault(worker, _View())

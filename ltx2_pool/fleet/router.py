@@ -28,9 +28,16 @@ logger = logging.getLogger(__name__)
 LOSSES = ("Unavailable", "Disconnected", "CannotConnect", "StreamIncomplete", "WorkerUnavailable", "EngineShutdown")
 """Classes of errors by which a worker that is gone shows, or one that cannot be reached."""
 TIMEOUTS = ("DeadlineExceeded", "ConnectionTimeout")
+"""A worker's own has the text of its TimeoutError. Any other is Dynamo's: the worker has not even taken the request."""
+NOBODY = 529
+"""What a client is told while no worker is there at all: the frontend makes a 503 of it in nothing but the number, and a
+gateway knows by it that no worker was lost under the request."""
 
-_LIMITS = requests.Limits(max_prompt_chars=10**9, urls=True)
-"""The workers have their own."""
+PATIENCE = 0.5
+"""Seconds that one look waits for answers. Whoever takes longer is not asked again until it answers or is given up."""
+
+_LIMITS = requests.Limits(max_prompt_chars=requests.MAX_PROMPT_CHARS, urls=True)
+"""The workers have their own, which are not above these; megabytes of a prompt are not looked at here."""
 
 
 class Client(Protocol):
@@ -62,9 +69,10 @@ class Router:
         self._attempts = attempts
         self._now = now
         self._fleet = Fleet()
-        self._known: set[int] = set()
+        self._asking: dict[int, asyncio.Task[None]] = {}
         self._lost: set[int] = set()
-        """Were lost under a request, and have not been heard of since: discovery lists the dead for a while."""
+        """Were lost under a request or left a question unanswered, and have not been heard of since: discovery lists
+        the dead for a while, and those that hang for as long as they do."""
         self.working = 0
         """Requests that are on their way."""
 
@@ -77,14 +85,13 @@ class Router:
 
     async def look(self) -> None:
         """Ask every worker how it is, all at once; whoever does not answer is known by what was sent to it only."""
+        for worker in set(self.present) - self._asking.keys():
+            self._asking[worker] = asyncio.create_task(self._ask(worker))
+        if self._asking:
+            await asyncio.wait(self._asking.values(), timeout=PATIENCE)
         present = set(self.present)
-        async with asyncio.TaskGroup() as group:
-            for worker in present:
-                group.create_task(self._ask(worker))
-        for worker in self._known - present:
-            self._fleet.forget(worker)
-            self._lost.discard(worker)
-        self._known = present
+        self._fleet.keep(present)
+        self._lost &= present
         heard = self._fleet.heard(present, self._now())
         self._metrics.set_workers(heard=heard, unheard=len(present) - heard, lost=len(self._lost))
         for key in self._menu.keys:
@@ -100,8 +107,14 @@ class Router:
                     self._fleet.hear(worker, Forecast.of(said), asked)
                     self._lost.discard(worker)
                     return
+        except TimeoutError:
+            if worker not in self._lost:
+                logger.warning("worker %x leaves a question unanswered: it is passed over until it answers", worker)
+            self._lost.add(worker)
         except Exception as error:  # it may have gone a moment ago; what is known of it goes stale
             logger.debug("worker %x does not say how it is: %s: %s", worker, type(error).__name__, error)
+        finally:
+            del self._asking[worker]
 
     # Requests.
 
@@ -158,7 +171,7 @@ class Router:
         self._metrics.problems.labels("nobody").inc()
         said = f"the last one was lost: {why}" if why is not None else "none is there"
         logger.error("request %s: no worker can take it; %s", context.id(), said)
-        raise _http(503, "no worker can take the request now; try again")
+        raise _http(NOBODY if why is None else 503, "no worker can take the request now; try again")
 
     def _choose(self, key: str | None, tried: set[int]) -> int | None:
         there = set(self.present) - tried
@@ -184,18 +197,20 @@ class Said:
     def by(cls, error: Exception) -> Said:
         """``class: text``, and an HttpError's text is JSON: ``{"message": ..., "code": ...}``."""
         name, _, text = str(error).partition(": ")
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             answer = json.loads(text)
-            return cls(name, str(answer["message"]), int(answer["code"]))
+            if 400 <= (status := int(answer["code"])) < 600:
+                return cls(name, str(answer["message"]), status)
         return cls(name, text)
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether the worker was lost, and has not answered."""
+    """Whether the worker was lost, or hangs, and has not answered."""
     if isinstance(error, HttpError | InvalidArgument):
         return False
     said = Said.by(error)
-    return said.status is None and said.name in LOSSES
+    hangs = said.name in TIMEOUTS and not said.text.startswith(TimeoutError.__name__)
+    return said.status is None and (said.name in LOSSES or hangs)
 
 
 def translate(error: Exception) -> Exception:

@@ -12,6 +12,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from ltx2_pool.words.option import option
+from ltx2_pool.words.requests import MAX_PROMPT_CHARS
 
 MAX_SECONDS = 10 * 365 * 86400
 
@@ -142,7 +143,7 @@ class GatewaySettings(BaseModel):
         "longest prompt accepted, in characters; the workers' own",
         flag="--max-prompt-chars",
         ge=1,
-        le=100_000,
+        le=MAX_PROMPT_CHARS,
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option(
         "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR", flag="--log-level", metavar="LEVEL"

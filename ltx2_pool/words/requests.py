@@ -16,6 +16,8 @@ from ltx2_pool.words.shapes import NOMINAL_HEIGHTS, Key, Shape
 
 MAX_SEED = 2**32 - 1
 MAX_USER_CHARS = 256
+MAX_PROMPT_CHARS = 100_000
+"""The most that an operator may allow."""
 OUTPUT_FORMATS = ("mp4",)
 
 

@@ -13,6 +13,7 @@ from ltx2_pool.words.checkpoint import Checkpoint, CheckpointError, Kind
 from ltx2_pool.words.option import DISCOVERY, SERVED_MODEL_NAME, Discovery, boolean, discovery, option
 from ltx2_pool.words.pictures import PictureLimits
 from ltx2_pool.words.recipe import AttentionKernel, Recipe, VideoCodec, VideoPreset, VideoSettings
+from ltx2_pool.words.requests import MAX_PROMPT_CHARS
 
 
 class Settings(BaseModel):
@@ -260,7 +261,7 @@ class Settings(BaseModel):
         "longest prompt accepted, in characters",
         flag="--max-prompt-chars",
         ge=1,
-        le=100_000,
+        le=MAX_PROMPT_CHARS,
     )
     image_hosts: str = option(
         "",

@@ -11,9 +11,10 @@ from dynamo.llm.exceptions import HttpError, InvalidArgument
 
 from ltx2_pool.fleet.metrics import Metrics
 from ltx2_pool.fleet.router import Router, is_loss, translate
+from ltx2_pool.gateway import upstream
 from ltx2_pool.tools.stack import TINY_MENU
 from ltx2_pool.words.menu import Menu
-from tests.serving.made_up import Context, collect
+from tests.serving.made_up import Context, collect, until
 
 MENU = Menu.load(TINY_MENU)
 LOST = "Unavailable: Stream ended before generation completed"
@@ -90,6 +91,16 @@ def test_a_worker_that_cannot_be_reached_is_lost(text):
         assert translate(kind(text)).code == 503
 
 
+def test_a_worker_that_does_not_even_take_the_request_is_lost_and_one_that_is_late_is_not():
+    assert is_loss(Exception("DeadlineExceeded: TCP request to 127.0.0.1:9 timed out"))
+    assert not is_loss(ValueError("DeadlineExceeded: TimeoutError: not done"))
+
+
+@pytest.mark.parametrize("code", ["1e400", "9999", "-1", "200", "[" * 100_000])
+def test_a_status_that_is_none_is_a_500(code):
+    assert translate(ValueError(f'Internal: {{"message":"no","code":{code}}}')).code == 500
+
+
 async def test_a_lost_request_goes_elsewhere_and_the_lost_worker_is_passed_over_until_it_answers():
     workers, forecasts = Workers(w1=[ValueError(LOST)], w2=["video"]), Workers(w1=idle(*MENU.keys), w2=idle())
     one = router(workers, forecasts)
@@ -116,7 +127,7 @@ async def test_a_worker_that_begins_to_answer_and_is_lost_ends_the_request():
     assert counted(one, "ltx2_router_retry_total") == 0
 
 
-@pytest.mark.parametrize(("workers", "attempts", "tries"), [(3, 2, 2), (2, 4, 2), (0, 4, 0)])
+@pytest.mark.parametrize(("workers", "attempts", "tries"), [(3, 2, 2), (2, 4, 2)])
 async def test_when_every_worker_is_lost_the_client_gets_503(workers, attempts, tries):
     there = Workers(**{f"w{number}": [ValueError(LOST)] for number in range(workers)})
     one = router(there, attempts=attempts)
@@ -125,6 +136,45 @@ async def test_when_every_worker_is_lost_the_client_gets_503(workers, attempts, 
     assert said.value.code == 503
     assert len({worker for worker, _ in there.asked}) == len(there.asked) == tries
     assert counted(one, "ltx2_router_problem_total", problem="nobody") == 1
+
+
+async def test_while_no_worker_is_there_a_gateways_job_waits_and_has_lost_no_attempt():
+    one = router(Workers())
+    with pytest.raises(HttpError) as said:
+        await collect(one.generate(REQUEST, Context()))
+    assert isinstance(upstream.meaning(said.value.code, b'{"message": "overloaded"}'), upstream.Busy)
+    assert counted(one, "ltx2_router_problem_total", problem="nobody") == 1
+
+
+async def test_nothing_is_kept_of_workers_that_are_gone():
+    gate = asyncio.Event()
+
+    class Gated(Workers):
+        async def direct(self, request: Any, worker: int, **options: Any) -> AsyncIterator[Any]:
+            await gate.wait()
+            return await super().direct(request, worker, **options)
+
+    there = Gated(**{f"w{number}": [ValueError(LOST)] for number in range(8)})
+    one = router(there, attempts=1)
+    asked = [asyncio.create_task(collect(one.generate(REQUEST, Context()))) for _ in range(8)]
+    await until(lambda: len(one._fleet._views) == 8)
+    there.items, lost = {}, there.items
+    await one.look()  # none of them was there at a look
+    assert not one._fleet._views
+    there.items = lost
+    gate.set()
+    await asyncio.wait(asked)
+    assert counted(one, "ltx2_router_retry_total") == 8
+    there.items = {}
+    await one.look()
+    assert (one._lost, counted(one, "ltx2_router_workers", state="lost")) == (set(), 0)
+
+
+def test_megabytes_of_a_prompt_are_not_looked_at():
+    """Each character was, while all other requests waited."""
+    one = router(Workers())
+    assert one._key_of(REQUEST) is not None
+    assert one._key_of({**REQUEST, "prompt": "x" * 100_001}) is None
 
 
 async def test_an_answer_is_not_tried_again():
@@ -195,19 +245,29 @@ async def test_a_worker_that_says_nothing_sensible_is_unheard_and_serves(said):
     assert counted(one, "ltx2_router_choice_total", reason="unheard") == 1
 
 
-async def test_a_worker_that_hangs_does_not_hold_up_the_others(monkeypatch):
-    monkeypatch.setattr("ltx2_pool.fleet.router.STALE", 0.02)
+async def test_a_worker_that_hangs_does_not_hold_up_the_others_and_is_passed_over_until_it_answers(monkeypatch):
+    hangs = asyncio.Event()
 
     class Hanging(Workers):
         async def direct(self, request: Any, worker: int, **options: Any) -> AsyncIterator[Any]:
             if worker == 1:
-                await asyncio.Event().wait()
+                await hangs.wait()
             return await super().direct(request, worker, **options)
 
-    forecasts = Hanging(w1=idle(), w2=idle(*MENU.keys))
-    one = router(Workers(w1=["cold"], w2=["hot"]), forecasts)
+    monkeypatch.setattr("ltx2_pool.fleet.router.PATIENCE", 0.01)
+    monkeypatch.setattr("ltx2_pool.fleet.router.STALE", 0.2)
+    forecasts = Hanging(w1=idle(*MENU.keys), w2=idle())
+    one = router(Workers(w1=["of 1"], w2=["of 2"]), forecasts)
     await one.look()
-    assert await collect(one.generate(REQUEST, Context())) == ["hot"]
+    await one.look()
+    assert [worker for worker, _ in forecasts.asked] == [2, 2]  # while the first question to the other is open
+    await until(lambda: 1 in one._lost)
+    assert await collect(one.generate(REQUEST, Context())) == ["of 2"]
+    hangs.set()
+    await until(lambda: not one._asking)
+    await one.look()
+    assert not one._lost
+    assert await collect(one.generate(REQUEST, Context())) == ["of 1"]
 
 
 async def test_the_expected_wait_of_each_shape_is_published():
