@@ -169,14 +169,13 @@ class GatewaySettings(BaseModel):
     def _database(cls, value: str) -> str:
         if not value.startswith(("sqlite+aiosqlite:///", "postgresql+asyncpg://")):
             raise ValueError("must start with sqlite+aiosqlite:/// or postgresql+asyncpg://")
+        forms = "sqlite+aiosqlite:///FILE, postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
         try:
             name = make_url(value).database
-        except (ArgumentError, ValueError) as error:
-            raise ValueError(f"no URL of a database: {error}") from error
+        except (ArgumentError, ValueError):  # whose text may have a piece of the password
+            raise ValueError(f"no URL of a database: {forms}") from None
         if not name or name == ":memory:":
-            raise ValueError(
-                "names no database: sqlite+aiosqlite:///FILE, postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
-            )
+            raise ValueError(f"names no database: {forms}")
         return value
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from ltx2_pool.words import flags
 from ltx2_pool.words.checkpoint import CheckpointError
 from ltx2_pool.words.extras import extra, missing_for
 from ltx2_pool.words.menu import MenuError
+from ltx2_pool.words.option import without_password
 from ltx2_pool.words.settings import SettingsError
 
 with extra("gateway"):
@@ -137,7 +138,7 @@ def _gateway(settings: GatewaySettings) -> Gateway:
         Content(settings.content).check()
     except Exception as error:  # whatever a store's client throws
         text = f"{error}".partition("\n")[0] or type(error).__name__
-        raise SettingsError(f"--content (LTX2_GATEWAY_CONTENT) {settings.content}: {text}") from error
+        raise SettingsError(without_password(f"--content (LTX2_GATEWAY_CONTENT) {settings.content}: {text}")) from error
     return Gateway(settings)
 
 
@@ -146,6 +147,8 @@ async def _try_store(url: str) -> None:
     store = Store(url)
     try:
         await store.open()
+    except TypeError as error:
+        raise StoreError(f"its driver does not know an option of the URL: {error}") from error
     finally:
         await store.close()
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ltx2_pool.words.option import without_password
 from ltx2_pool.words.settings import Settings, SettingsError
 
 RECIPE = (
@@ -85,4 +86,4 @@ def merge(arguments: argparse.Namespace, environ: Mapping[str, str], of: type[S]
             raise SettingsError(first["msg"].removeprefix("Value error, ")) from error
         env, flag = spelling(str(first["loc"][0]), of)
         spelled = f"{flag} ({env})" if flag else env
-        raise SettingsError(f"{spelled}: {first['msg']}, not {first['input']!r}") from error
+        raise SettingsError(without_password(f"{spelled}: {first['msg']}, not {first['input']!r}")) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Literal
 
 from pydantic import Field
@@ -46,3 +47,8 @@ def boolean(value: object) -> object:
             return value.strip().lower() in _TRUE
         raise ValueError(f"{value!r} is neither 1 nor 0")
     return value
+
+
+def without_password(text: str) -> str:
+    """The text, with stars for the password of any URL in it."""
+    return re.sub(r"://([^\s/:@'\"]*):[^\s'\"]*@", r"://\1:***@", text)

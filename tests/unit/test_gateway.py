@@ -104,6 +104,13 @@ def test_a_key_is_known_by_its_hash_only(tmp_path):
         (["--frontend", "localhost"], "--frontend (LTX2_GATEWAY_FRONTEND): Value error, a URL starts with http://"),
         (["--database", "sqlite+aiosqlite:////no/such/file"], "--database (LTX2_GATEWAY_DATABASE): "),
         (["--database", "postgresql+asyncpg://u:p@[::1/x"], "--database (LTX2_GATEWAY_DATABASE): Value error, no URL"),
+        (["--database", "postgresql+asyncpg://u:s3cret@h:x/y"], "no URL of a database: sqlite"),
+        (["--database", "postgresql+asyncpg://u:p@s3cret:s3cret@h/y"], "no URL of a database: sqlite"),
+        (["--database", "postgresql://u:s3cret@h/y"], "must start with sqlite"),
+        (["--database", "postgresql+asyncpg://u:s3/s3cret@h"], "not 'postgresql+asyncpg://u:***@h'"),
+        (["--database", "postgresql+asyncpg://u:s3cret@127.0.0.1:1/y?foo=1"], "its driver does not know an option"),
+        (["--frontend", "http://u:s3cret@h:99999"], "http://u:***@h:99999 is no URL of a server"),
+        (["--content", "nonsense://u:s3cret@h/x"], "nonsense://u:***@h/x: Protocol not known"),
         (["--database", "sqlite+aiosqlite:///"], "--database (LTX2_GATEWAY_DATABASE): Value error, names no database"),
         (["--frontend", "http://a b:99999"], "--frontend (LTX2_GATEWAY_FRONTEND): Value error, http://a b:99999 is no"),
         (["--retention", "inf"], "--retention (LTX2_GATEWAY_RETENTION): Input should be less than or equal to"),
@@ -125,7 +132,9 @@ def test_what_is_wrong_at_the_start_is_said_in_one_line(tmp_path, monkeypatch, c
     except SystemExit as end:
         status = end.code
     assert status == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    told = capsys.readouterr().err
+    assert said in told.splitlines()[-1]
+    assert "s3cret" not in told
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_made(tmp_path, monkeypatch, capsys):
