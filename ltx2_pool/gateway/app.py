@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -35,6 +36,10 @@ PAGE = {
 }
 BODIES_HELD = 4
 """So many of the largest requests may be under way at once; the memory that one takes is a few times its size."""
+SMALL = 1000
+"""Of the largest request, the part that is always let in: those who upload, or stall, keep nobody else out."""
+UPLOAD_TIMEOUT = 120.0
+"""Seconds that a request has to come in."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
     "media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -87,16 +92,22 @@ class _Edge:
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        received = 0
+        received, whole, until = 0, False, asyncio.get_running_loop().time() + UPLOAD_TIMEOUT
 
         async def receiving() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            try:
+                async with asyncio.timeout_at(None if whole else until):
+                    message = await receive()
+            except TimeoutError:
+                text = f"the request did not come in within {UPLOAD_TIMEOUT:g} s"
+                raise ApiError(408, text, headers={"connection": "close"}) from None
+            whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             self._held += len(message.get("body", b""))
             if received > gateway.max_body:
                 raise self._too_large()
-            if self._held > BODIES_HELD * gateway.max_body:
+            if self._held > BODIES_HELD * gateway.max_body and received > gateway.max_body / SMALL:
                 raise ApiError(
                     503,
                     "too many large requests come in at once; try again later",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.server
 import json
@@ -10,6 +11,7 @@ import socket
 import threading
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -111,6 +113,39 @@ def test_bodies_that_come_in_at_once_are_bounded(make_gateway, frontend):
     assert b" 503 " in ended.splitlines()[0]
     assert b"retry-after: 2" in ended
     wait(lambda: running.client.post("/v1/videos", json={"prompt": "x" * 2000}).status_code == 200)
+
+
+def test_a_small_request_gets_in_beside_uploads_that_stall(make_gateway, frontend):
+    running = make_gateway(frontend, max_body_mb="0.1")
+    head = b"POST /v1/videos HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n\r\n"
+    with contextlib.ExitStack() as cleanup:
+        for _ in range(4):
+            client = cleanup.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+            client.sendall(head + b" " * 99_999)
+        wait(lambda: running.client.post("/v1/videos", json={"prompt": "x" * 2000}).status_code == 503)
+        assert running.client.post("/v1/videos", json={"prompt": "x"}).status_code == 200
+
+
+async def test_a_request_that_never_ends_is_given_up(tmp_path, monkeypatch):
+    from ltx2_pool.gateway import app
+    from ltx2_pool.gateway.gateway import Gateway
+    from ltx2_pool.gateway.settings import GatewaySettings
+
+    monkeypatch.setattr(app, "UPLOAD_TIMEOUT", 0.05)
+    settings = GatewaySettings(database=f"sqlite+aiosqlite:///{tmp_path}/jobs", content=f"file://{tmp_path}/videos")
+    gateway, sent = Gateway(settings), []
+    pieces = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        return pieces.pop() if pieces else await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/videos", "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json"), (b"host", b"localhost")]}
+    await app.application(gateway)(scope, receive, send)  # type: ignore[arg-type]
+    assert sent[0]["status"] == 408
 
 
 def test_a_place_in_a_list_outlives_its_video(make_gateway, frontend):
