@@ -212,7 +212,7 @@ async def events(request: Request) -> Response:
     """GET /v1/videos/{id}/events: the job at each change, until it has ended."""
     gateway, owner = enter(request)
     job = await find(gateway, owner, request)
-    return _stream(gateway, owner, [job.id])
+    return _stream(request, gateway, owner, [job.id])
 
 
 async def events_of_many(request: Request) -> Response:
@@ -221,11 +221,13 @@ async def events_of_many(request: Request) -> Response:
     ids = list(dict.fromkeys(request.query_params.get("ids", "").split(",")))
     if len(ids) > WATCHED or not all(_ID.fullmatch(id) for id in ids):
         raise ApiError(400, f"ids must be 1 to {WATCHED} ids of videos, with commas between", param="ids")
-    return _stream(gateway, owner, ids)
+    return _stream(request, gateway, owner, ids)
 
 
-def _stream(gateway: Gateway, owner: Owner, ids: Sequence[str]) -> Response:
+def _stream(request: Request, gateway: Gateway, owner: Owner, ids: Sequence[str]) -> Response:
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    if request.method == "HEAD":  # a stream without a body would hold the connection up until the jobs have ended
+        return Response(headers=headers, media_type="text/event-stream")
     return StreamingResponse(_watch(gateway, owner, ids), headers=headers, media_type="text/event-stream")
 
 

@@ -228,6 +228,14 @@ def test_the_events_of_a_job_end_with_it(gateway):
     assert progress == sorted(progress)
 
 
+def test_who_asks_for_the_headers_of_events_does_not_wait_for_them(make_gateway, own_frontend):
+    running = make_gateway(own_frontend)
+    id = running.create("hold")
+    for path in (f"/v1/videos/{id}/events", f"/v1/videos/events?ids={id}"):
+        assert running.client.head(path).headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert running.client.get("/health").status_code == 200  # on the same connection
+
+
 def test_the_events_of_a_deleted_job_say_so(gateway):
     id = gateway.create("hold and delete")
     with gateway.client.stream("GET", f"/v1/videos/{id}/events") as stream:
