@@ -85,6 +85,8 @@ _ACTIVE = ("queued", "in_progress")
 CONNECT_TIMEOUT = 5.0
 TIMEOUT = 12.0
 """Seconds for one statement; longer than SQLite waits for another's lock. A connection that is silent is dropped."""
+IDS_AT_ONCE = 10_000
+"""In one statement: PostgreSQL takes 32767 values, and many clients with many jobs each ask at once."""
 
 
 class StoreError(Exception):
@@ -193,8 +195,12 @@ class Store:
 
     async def get_many(self, ids: Sequence[str]) -> dict[str, Job]:
         """Those that exist, by id."""
-        rows = await self._rows(select(*_SEEN).where(videos.c.id.in_(ids), ~videos.c.deleted))
-        return {row.id: _job(row) for row in rows}
+        found: dict[str, Job] = {}
+        for start in range(0, len(ids), IDS_AT_ONCE):
+            some = ids[start : start + IDS_AT_ONCE]
+            rows = await self._rows(select(*_SEEN).where(videos.c.id.in_(some), ~videos.c.deleted))
+            found |= {row.id: _job(row) for row in rows}
+        return found
 
     async def body(self, id: str) -> dict[str, Any] | None:
         """The request of a job."""

@@ -54,6 +54,11 @@ async def test_each_job_is_claimed_once_however_many_ask(store):
     assert sorted(claimed) == sorted(ids)
 
 
+async def test_as_many_jobs_are_read_at_once_as_clients_ask_for(store):
+    id = await add(store)
+    assert set(await store.get_many([*map(str, range(40_000)), id])) == {id}
+
+
 async def test_owners_take_turns(store):
     a = [await add(store, "a") for _ in range(3)]
     b = [await add(store, "b") for _ in range(2)]
