@@ -137,6 +137,8 @@ class Dispatcher:
             self._metrics.ended.labels("timeout").inc()
             logger.error("job %s was not made in time", id)
             self._news.tell(id)
+            with contextlib.suppress(Exception):
+                await self._content.remove(id)
         stuck: list[str] = []
         while remains := await self._store.remains(skip=stuck):
             for id, expired in remains:
@@ -280,6 +282,9 @@ class Dispatcher:
         if ours:
             self._metrics.ended.labels("timeout" if code == "timeout" else "failed").inc()
             logger.warning("job %s failed: %s: %s", work.job.id, code, storable(message, 2000))
+            if work.job.attempts > 1 or work.stored is not None:  # a video that was stored, and nobody will ever name
+                with contextlib.suppress(Exception):
+                    await self._content.remove(work.job.id)
         return ours
 
     async def _again(self, work: _Work, reason: str, why: str, after: float, *, counted: bool) -> bool:
@@ -293,7 +298,9 @@ class Dispatcher:
         """Leave nothing behind of a job that is no longer ours."""
         with contextlib.suppress(Exception):
             found = (await self._store.get_many([work.job.id])).get(work.job.id)
-            if work.stored is not None and (found is None or found.content != work.path):
+            if work.stored is not None and found is None:
+                await self._content.remove(work.job.id)
+            elif work.stored is not None and found is not None and found.content != work.path:
                 await self._content.remove(work.path)
         with contextlib.suppress(StoreError):
             await self._store.give_back(work.job.id, work.token)
@@ -306,7 +313,8 @@ def _storing() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise Lost(f"the video cannot be stored: {type(error).__name__}: {error}") from error
+        logger.error("the video cannot be stored: %s: %s", type(error).__name__, error)
+        raise Lost("the video cannot be stored") from error  # where the store is, is nobody's business
 
 
 async def _forever(step: Callable[[], object], wake: asyncio.Event, every: float) -> None:

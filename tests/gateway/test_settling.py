@@ -145,6 +145,39 @@ async def test_who_takes_over_removes_others_files_only_when_its_own_is_named(wo
     assert world.files() == [job.content]
 
 
+@pytest.mark.parametrize("left", [60, -1])
+async def test_a_job_that_fails_leaves_no_video_of_an_earlier_dispatcher(world, monkeypatch, left):
+    await world.dispatcher.close()
+    world.error = Failed("server_error", "no")
+    id = await world.add()
+    await world.store.claim("silent", -1, 60)
+    await world.content.write(f"{id}/silent.mp4", b"of another")
+    await world.store._changes(update(videos).where(videos.c.id == id).values(created=time.time() - 7200 + left))
+    world.dispatcher.start()
+    assert (await world.ended(id)).status == "failed"
+    await until(lambda: not world.files())
+
+
+async def test_a_job_that_is_removed_while_its_video_is_written_leaves_not_even_a_directory(world):
+    world.go.clear()
+    id = await world.add()
+    await until(lambda: world.making)
+    await world.store.forget(id)
+    world.go.set()
+    await world.idle()
+    assert list(world.root.iterdir()) == []
+
+
+async def test_where_the_store_is_is_nobodys_business(world, monkeypatch):
+    monkeypatch.setattr(world.dispatcher, "_settings", GatewaySettings(attempts=1))
+
+    def write(path: str, data: bytes) -> None:
+        raise OSError(28, "No space left on device", f"/srv/{path}")
+
+    monkeypatch.setattr(world.content, "_write", write)
+    assert (await world.ended(await world.add())).error == "the video was lost 1 times: the video cannot be stored"
+
+
 async def test_a_dispatcher_that_takes_over_its_own_job_keeps_track_of_both(world):
     world.go.clear()
     id = await world.add()
@@ -214,6 +247,23 @@ async def test_nonsense_at_every_other_place_is_no_fault_of_the_gateway():
     bad = upstream(lambda _: httpx.Response(200, headers={"content-encoding": "gzip"}, stream=Bytes(b"garbage")))
     with pytest.raises(Lost):
         await bad.make({}, lambda _: None)
+
+
+async def test_workers_are_asked_all_at_once_and_who_does_not_answer_is_left_out():
+    workers, asked = ("http://a", "http://b", "http://c"), set()
+    all_asked = asyncio.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        asked.add(request.url.host)
+        if len(asked) == len(workers):
+            all_asked.set()
+        await all_asked.wait()
+        return httpx.Response(200, content=b"[" if request.url.host == "b" else b'{"model": "m"}')
+
+    made = Upstream("http://frontend", workers)
+    made._http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    async with asyncio.timeout(20):
+        assert await made.statuses() == [{"model": "m"}] * 2
 
 
 class Bytes(httpx.AsyncByteStream):
