@@ -30,9 +30,7 @@ LOSSES = ("Unavailable", "Disconnected", "CannotConnect", "StreamIncomplete", "W
 TIMEOUTS = ("DeadlineExceeded", "ConnectionTimeout")
 """A worker's own has the text of its TimeoutError. Any other is Dynamo's: the worker has not even taken the request."""
 NOBODY = 529
-"""What a client is told while no worker is there at all: the frontend makes a 503 of it in nothing but the number, and a
-gateway knows by it that no worker was lost under the request."""
-
+"""What a client is told while no worker is there at all. A gateway takes 503 for a worker lost under its job."""
 PATIENCE = 0.5
 """Seconds that one look waits for answers. Whoever takes longer is not asked again until it answers or is given up."""
 

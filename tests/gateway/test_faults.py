@@ -117,7 +117,7 @@ def test_bodies_that_come_in_at_once_are_bounded(make_gateway, frontend):
 
 def test_a_small_request_gets_in_beside_uploads_that_stall(make_gateway, frontend):
     running = make_gateway(frontend, max_body_mb="0.1")
-    head = b"POST /v1/videos HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n\r\n"
+    head = b"POST /v1/videos HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 100000\r\n\r\n"
     with contextlib.ExitStack() as cleanup:
         for _ in range(4):
             client = cleanup.enter_context(socket.create_connection(("127.0.0.1", running.port)))
