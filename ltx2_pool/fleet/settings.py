@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from ltx2_pool.words.option import DISCOVERY, SERVED_MODEL_NAME, Discovery, discovery, option
+
+NAME = r"^[^\s.]+$"
+"""Dynamo joins the three names with dots."""
 
 
 class RouterSettings(BaseModel):
@@ -50,16 +53,36 @@ class RouterSettings(BaseModel):
         "DYN_NAMESPACE",
         "Dynamo namespace, the workers' own; DYN_NAMESPACE_WORKER_SUFFIX is appended when set",
         flag="--namespace",
+        pattern=NAME,
     )
-    component: str = option("router", "LTX2_ROUTER_COMPONENT", "Dynamo component of the router", flag="--component")
+    component: str = option(
+        "router",
+        "LTX2_ROUTER_COMPONENT",
+        "Dynamo component of the router",
+        flag="--component",
+        pattern=NAME,
+    )
     worker_component: str = option(
-        "video", "LTX2_COMPONENT", "Dynamo component of the workers", flag="--worker-component"
+        "video",
+        "LTX2_COMPONENT",
+        "Dynamo component of the workers",
+        flag="--worker-component",
+        pattern=NAME,
     )
-    endpoint: str = option("generate", "LTX2_ENDPOINT", "Dynamo endpoint, of both", flag="--endpoint")
+    endpoint: str = option("generate", "LTX2_ENDPOINT", "Dynamo endpoint, of both", flag="--endpoint", pattern=NAME)
     discovery_backend: Discovery | None = option(None, **DISCOVERY)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option(
         "INFO", "LTX2_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR", flag="--log-level"
     )
+
+    @model_validator(mode="after")
+    def _not_its_own_worker(self) -> RouterSettings:
+        if self.component == self.worker_component:
+            raise ValueError(
+                f"--component (LTX2_ROUTER_COMPONENT) and --worker-component (LTX2_COMPONENT) are both {self.component}: "
+                "the router would send requests to itself; give it another one"
+            )
+        return self
 
     @property
     def discovery(self) -> str:

@@ -30,6 +30,8 @@ def test_the_runbook_has_every_setting():
     [
         (["--shapes", "/no/such/menu"], "/no/such/menu: cannot read the menu"),
         (["--attempts", "0"], "--attempts (LTX2_ROUTER_ATTEMPTS): Input should be greater than or equal to 1"),
+        (["--worker-component", "router"], "are both router: the router would send requests to itself"),
+        (["--namespace", "a.b"], "--namespace (DYN_NAMESPACE): String should match pattern"),
         (["--interval", "9"], "--interval (LTX2_ROUTER_INTERVAL): "),
     ],
 )
