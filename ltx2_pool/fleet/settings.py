@@ -79,8 +79,8 @@ class RouterSettings(BaseModel):
     def _not_its_own_worker(self) -> RouterSettings:
         if self.component == self.worker_component:
             raise ValueError(
-                f"--component (LTX2_ROUTER_COMPONENT) and --worker-component (LTX2_COMPONENT) are both {self.component}: "
-                "the router would send requests to itself; give it another one"
+                "--component (LTX2_ROUTER_COMPONENT) and --worker-component (LTX2_COMPONENT) are both "
+                f"{self.component}: the router would send requests to itself; give it another one"
             )
         return self
 
