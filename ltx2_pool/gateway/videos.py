@@ -41,7 +41,7 @@ async def create(request: Request) -> Response:
     gateway, owner = enter(request)
     fields = await intake.read(request, gateway.max_body)
     if request.headers.get(SYNCHRONOUS, "") in ("1", "true") or fields.get("stream") is True:
-        return await pass_on(request, gateway, fields)
+        return await pass_on(request, gateway, _by(owner, fields))
     return await _accept(gateway, owner, request, fields)
 
 
@@ -80,9 +80,7 @@ async def _accept(
         raise ApiError(404, f"there is no model {(asked.model or '')[:80]!a}", code="model_not_found", param="model")
     if not model:
         raise ApiError(503, "no model is served yet", code="not_ready", retry_after=5)
-    body = {**asked.body, "model": model}
-    if owner.name:
-        body["user"] = f"{owner.name}/{asked.user}" if asked.user else owner.name
+    body = _by(owner, {**asked.body, "model": model})
     size, _ = await intake.heavy(large, intake.measure, body)
     if size > gateway.max_body:
         raise ApiError(413, f"the request is too large with its pictures: at most {gateway.max_body} bytes")
@@ -119,6 +117,14 @@ async def _accept(
         logger.info("job %s accepted owner=%s size=%s seconds=%s", job.id, owner.name or "-", job.size, job.seconds)
         gateway.dispatcher.wake()
     return _answer(gateway, stored)
+
+
+def _by(owner: Owner, body: dict[str, Any]) -> dict[str, Any]:
+    """The request as its key's: the workers let users take turns, and no key may pass for another's."""
+    if not owner.name:
+        return body
+    user = body.get("user")
+    return {**body, "user": f"{owner.name}/{user}" if user else owner.name}
 
 
 @contextlib.contextmanager

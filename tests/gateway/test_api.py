@@ -274,6 +274,15 @@ def test_the_synchronous_call_passes_through(gateway, frontend):
     assert int(busy.headers["retry-after"]) == 7  # what the workers say, in whole seconds
 
 
+def test_a_synchronous_call_is_its_keys_as_well(keyed, frontend):
+    """The worker's bound for each user was passed by naming another one in each call."""
+    _, a, _ = keyed
+    for user, said in (("ann", "a/ann"), ("", "a"), (None, "a")):
+        body = {"prompt": "at once", "user": user}
+        assert a.post("/v1/videos", json=body, headers={"x-ltx2-synchronous": "1"}).status_code == 200
+        assert frontend.requests[-1]["user"] == said
+
+
 def test_who_leaves_a_synchronous_call_stops_it(gateway, frontend):
     cancelled = frontend.cancelled
     with gateway.client.stream("POST", "/v1/videos", json={"prompt": "hold on", "stream": True}) as stream:
