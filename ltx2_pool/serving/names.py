@@ -11,7 +11,7 @@ from typing import Any
 from dynamo.common.utils.prometheus import register_engine_metrics_callback
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 
-from ltx2_pool.serving.presence import DynamoDirectory, presence
+from ltx2_pool.serving.presence import DynamoDirectory, keep_all, presence, want_all
 
 LEAVE_TIMEOUT = 3.0
 """Seconds for leaving discovery; a lease that is not renewed ends by itself."""
@@ -65,16 +65,11 @@ class Names:
 
     async def want(self, wanted: bool) -> None:
         """As :meth:`ltx2_pool.serving.presence.Presence.want`."""
-        await asyncio.gather(*(one.want(wanted) for one in self._presences))
+        await want_all(self._presences, wanted)
 
     async def keep(self) -> None:
         """As :meth:`ltx2_pool.serving.presence.Presence.keep`."""
-        keeping = [asyncio.ensure_future(one.keep()) for one in self._presences]
-        try:
-            await asyncio.gather(*keeping)
-        finally:
-            for one in keeping:
-                one.cancel()
+        await keep_all(self._presences)
 
 
 async def leave(names: Names | BehindRouter) -> None:
@@ -112,7 +107,10 @@ class BehindRouter:
         self.endpoint = runtime.endpoint(path)
         self._forecasts = runtime.endpoint(path + FORECASTS)
         self._status = status
-        self._presence = presence(DynamoDirectory(self.endpoint, self.register), discovery)
+        self._presences = [
+            presence(DynamoDirectory(endpoint, self.register), discovery)
+            for endpoint in (self.endpoint, self._forecasts)
+        ]
 
     async def register(self) -> None:
         """The router does."""
@@ -129,8 +127,8 @@ class BehindRouter:
 
     async def want(self, wanted: bool) -> None:
         """As :meth:`Names.want`."""
-        await self._presence.want(wanted)
+        await want_all(self._presences, wanted)
 
     async def keep(self) -> None:
         """As :meth:`Names.keep`."""
-        await self._presence.keep()
+        await keep_all(self._presences)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,21 @@ class Presence:
                     await (self._directory.enter() if wanted else self._directory.leave())
             except Exception as error:
                 logger.warning("could not %s discovery now: %s", _words(wanted)[1], error)
+
+
+async def want_all(presences: Iterable[Presence], wanted: bool) -> None:
+    """As :meth:`Presence.want`, of all."""
+    await asyncio.gather(*(one.want(wanted) for one in presences))
+
+
+async def keep_all(presences: Iterable[Presence]) -> None:
+    """As :meth:`Presence.keep`, of all, until one is given up."""
+    keeping = [asyncio.ensure_future(one.keep()) for one in presences]
+    try:
+        await asyncio.gather(*keeping)
+    finally:
+        for one in keeping:
+            one.cancel()
 
 
 def presence(directory: Directory, discovery: str) -> Presence:
