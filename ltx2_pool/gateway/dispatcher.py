@@ -13,7 +13,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,12 +32,18 @@ LOOK_EVERY = 0.5
 SWEEP_EVERY = 2.0
 TELL_EVERY = 0.25
 """Seconds between two writes of a job's progress."""
+WRITES = 6
+"""Times that a video is written before it counts as lost: with the pauses between them, some three seconds."""
 
 
 class Maker(Protocol):
     """What makes the videos: :class:`~ltx2_pool.gateway.upstream.Upstream`."""
 
     async def make(self, body: dict[str, object], on_progress: Callable[[int], None]) -> bytes: ...
+
+
+class _NotStored(Exception):
+    """The content store did not take the video."""
 
 
 class _NoLongerOurs(Exception):
@@ -216,7 +222,7 @@ class Dispatcher:
 
     async def _settled(self, work: _Work, making: asyncio.Future[bytes]) -> None:
         """Write the outcome down, for as long as the database needs and the claim is ours."""
-        pause, refused = 0.1, False
+        pause, refused, writes = 0.1, False, 0
         while True:
             try:
                 await self._outcome(work, making)
@@ -235,6 +241,11 @@ class Dispatcher:
                 )
             except StoreError as error:
                 logger.error("job %s: its outcome is not written yet: %s", work.job.id, error)
+            except _NotStored as error:
+                logger.error("job %s: the video cannot be stored: %s", work.job.id, error)
+                if (writes := writes + 1) == WRITES:
+                    # Where the store is, is nobody's business.
+                    making = _failing(Lost("the video cannot be stored"))
             await asyncio.sleep(pause)
             pause = min(5, 2 * pause)
 
@@ -243,8 +254,7 @@ class Dispatcher:
         try:
             data = making.result()
             if work.stored is None:
-                with _storing():
-                    work.stored = await self._content.write(work.path, data)
+                work.stored = await self._write(work.path, data)
             stored = work.stored
             ours = await self._store.complete(job.id, work.token, work.path, stored.size, stored.etag, retention)
             if ours:
@@ -269,13 +279,19 @@ class Dispatcher:
             else:
                 pause = min(30, 2 ** (job.attempts - 1)) * random.uniform(0.5, 1)
                 ours = await self._again(work, "lost", str(lost), pause, counted=True)
-        except StoreError:
+        except (StoreError, _NotStored):
             raise
         except Exception as error:
             logger.exception("job %s", job.id)
             ours = await self._fail(work, "server_error", f"the gateway failed: {type(error).__name__}")
         if not ours:
             raise _NoLongerOurs
+
+    async def _write(self, path: str, data: bytes) -> Stored:
+        try:
+            return await self._content.write(path, data)
+        except Exception as error:  # whatever the store's client throws
+            raise _NotStored(f"{type(error).__name__}: {error}") from error
 
     async def _fail(self, work: _Work, code: str, message: str) -> bool:
         ours = await self._store.fail(work.job.id, work.token, code, message, self._settings.retention)
@@ -305,16 +321,6 @@ class Dispatcher:
         with contextlib.suppress(StoreError):
             await self._store.give_back(work.job.id, work.token)
         self._sweep_now.set()
-
-
-@contextlib.contextmanager
-def _storing() -> Iterator[None]:
-    """Around what writes to the content store: turns whatever its client throws into Lost."""
-    try:
-        yield
-    except Exception as error:
-        logger.error("the video cannot be stored: %s: %s", type(error).__name__, error)
-        raise Lost("the video cannot be stored") from error  # where the store is, is nobody's business
 
 
 async def _forever(step: Callable[[], object], wake: asyncio.Event, every: float) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import update
 
 from ltx2_pool.gateway import content as contents
 from ltx2_pool.gateway import news, passing
-from ltx2_pool.gateway.content import Content
+from ltx2_pool.gateway.content import Content, Stored
 from ltx2_pool.gateway.dispatcher import Dispatcher
 from ltx2_pool.gateway.jobs import Job, new_id
 from ltx2_pool.gateway.metrics import GatewayMetrics
@@ -176,6 +176,19 @@ async def test_where_the_store_is_is_nobodys_business(world, monkeypatch):
 
     monkeypatch.setattr(world.content, "_write", write)
     assert (await world.ended(await world.add())).error == "the video was lost 1 times: the video cannot be stored"
+
+
+async def test_a_store_that_fails_for_a_moment_costs_a_write_and_not_a_video(world, monkeypatch):
+    write, failures = world.content._write, iter(range(3))
+
+    def sometimes(path: str, data: bytes) -> Stored:
+        if next(failures, None) is not None:
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(world.content, "_write", sometimes)
+    assert (await world.ended(await world.add())).status == "completed"
+    assert world.making == 1
 
 
 async def test_a_dispatcher_that_takes_over_its_own_job_keeps_track_of_both(world):
