@@ -180,26 +180,32 @@ class Fleet:
         best = _NOBODY
         for worker in hot:
             if worker in workers:
-                best = min(best, self._rate(worker, key, now))
+                best = self._better(worker, key, now, best)
         if best.rank >= self._spawn:  # else no cold start can be quicker
             for worker in workers:
                 if worker not in hot:
-                    best = min(best, self._rate(worker, key, now))
+                    best = self._better(worker, key, now, best)
         if best is _NOBODY:
             return None
         reason = "first" if best.reason == "cold" and not hot else best.reason
         return Choice(best.worker, best.wait + self.seconds(key), reason)
 
-    def _rate(self, worker: int, key: str | None, now: float) -> _Rated:
-        """What speaks against a worker."""
+    def _better(self, worker: int, key: str | None, now: float, best: _Rated) -> _Rated:
+        """The worker, rated, or the best one so far."""
         view = self._views.get(worker)
-        if view is None or not self._fresh(view, now):
+        if view is None or view.forecast is None or now - view.heard > self._stale:
             jobs = len(view.sent) if view is not None else 0
             wait = jobs * SECONDS + self._spawn
-            return _Rated(wait + EVEN + TOLL * self._spawn, now, worker, wait, "unheard")
+            return min(best, _Rated(wait + EVEN + TOLL * self._spawn, now, worker, wait, "unheard"))
+        wait = max(0.0, view.done - now) if view.free <= 0 else 0.0
+        if wait + EVEN * view.needed > best.rank:
+            return best  # most are passed over here: a large fleet is looked through for each job
+        return min(best, self._rate(view, worker, key, wait))
+
+    def _rate(self, view: _View, worker: int, key: str | None, wait: float) -> _Rated:
+        """What speaks against a worker that was heard, on which a job has to wait for a lease."""
         forecast = view.forecast
         assert forecast is not None
-        wait = max(0.0, view.done - now) if view.free <= 0 else 0.0
         # It would be refused there; but where that is all there is, the refusal is the answer.
         toll = EVEN * view.needed + (_REFUSED if key in forecast.unavailable else 0.0)
         if key is None or key in view.keys:

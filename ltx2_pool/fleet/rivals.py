@@ -61,9 +61,8 @@ class LeastLoaded:
         self._chance = random.Random(seed)
 
     def choose(self, _key: Key, workers: Mapping[int, None], _now: float) -> int:
-        load = [self._load[worker] for worker in workers]
-        least = min(load)
-        return self._chance.choice([worker for worker, number in zip(workers, load, strict=True) if number == least])
+        least = min(map(self._load.__getitem__, workers))
+        return self._chance.choice([worker for worker in workers if self._load[worker] == least])
 
     def send(self, worker: int, _key: Key, _now: float) -> None:
         self._load[worker] += 1

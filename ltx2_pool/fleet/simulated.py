@@ -155,9 +155,9 @@ class Worker:
         self.hot = 0
         self.decide()
 
-    def admit(self, job: Job, settle: Callable[[Answer], None]) -> Ticket:
+    def admit(self, job: Job, key: Key, settle: Callable[[Answer], None]) -> Ticket:
         """Take a job in. Raises a Rejected, as the book does."""
-        ticket = self.book.admit(job, job.key, "", settle, self._clock.now)
+        ticket = self.book.admit(job, key, "", settle, self._clock.now)
         self.decide()
         return ticket
 

@@ -103,6 +103,7 @@ class _Request:
     """One request, on its way through the fleet."""
 
     job: Job
+    key: Key
     since: float
     router: int
     token: Any = None
@@ -234,11 +235,11 @@ class _World:
         self.outcome.asked += 1
         job = Job(str(next(self._job_numbers)), key.shape, "", 0, 5, 1.0, 24, variant=key.variant)
         router = self._chance.randrange(len(self._routers)) if len(self._routers) > 1 else 0
-        self._send(_Request(job, self._clock.now, router))
+        self._send(_Request(job, key, self._clock.now, router))
         self._next_arrival()
 
     def _send(self, request: _Request) -> None:
-        now, router, key = self._clock.now, self._routers[request.router], request.job.key
+        now, router, key = self._clock.now, self._routers[request.router], request.key
         number = router.choose(key, self._open, now)
         request.token = router.send(number, key, now)
         mine = self._working[number]
@@ -255,7 +256,7 @@ class _World:
                 self._clock.after(0.0, self._drained, number)
 
         try:
-            self._workers[number].admit(request.job, settle)
+            self._workers[number].admit(request.job, key, settle)
         except Rejected as rejected:
             settle(rejected)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -65,7 +64,7 @@ def forecast(book: Book, now: float) -> Forecast:
     processes: dict[str, int] = {}
     for process in book.ledger.reservations.values():
         if not process.ending:
-            label = _label(process.key)
+            label = str(process.key)
             keys[label] = process.key
             processes[label] = processes.get(label, 0) + 1
     jobs: dict[str, int] = {}
@@ -73,7 +72,7 @@ def forecast(book: Book, now: float) -> Forecast:
     work, wanted = 0.0, 0
     videos, gpus = book.durations.videos, book.gpus
     for ticket in (*book.running.values(), *book.waiting):
-        label = _label(ticket.key)
+        label = str(ticket.key)
         keys[label] = ticket.key
         jobs[label] = jobs.get(label, 0) + 1
         if ticket.key not in videos:
@@ -95,10 +94,5 @@ def forecast(book: Book, now: float) -> Forecast:
         seconds={label: videos[key] for label, key in keys.items() if key in videos},
         unmeasured=unmeasured,
         spawn=book.durations.usual_spawn,
-        unavailable=frozenset(map(_label, book.unavailable(now))),
+        unavailable=frozenset(map(str, book.unavailable(now))),
     )
-
-
-@functools.lru_cache(maxsize=4096)
-def _label(key: Key) -> str:
-    return str(key)

@@ -33,6 +33,8 @@ class Phase(enum.Enum):
     ENCODING = "encoding"
     """It writes the file; the devices are the next job's."""
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and the decision looks phases up all the time
+
 
 ACTIVE = frozenset((Phase.LOADING, Phase.SPAWNING, Phase.GENERATING, Phase.ENCODING))
 """Phases beside which nothing may be that has to be alone."""
@@ -174,6 +176,8 @@ class Ledger:
         self._concurrency = concurrency
         self._max_processes = max_processes
         self._known: dict[Key, _Known] = {}
+        self._needs: dict[Phase, dict[Key, Need]] = {phase: {} for phase in Phase}
+        """What follows from `_known`, as far as somebody has asked."""
         self._uses = 0
         self.reservations: dict[int, Reservation] = {}
 
@@ -247,6 +251,11 @@ class Ledger:
         A shape that was never measured takes at most what a measured one of the same variant takes that is as large
         or larger: memory grows with pixels and frames.
         """
+        if (need := self._needs[phase].get(key)) is None:
+            need = self._needs[phase][key] = self._need(key, phase)
+        return need
+
+    def _need(self, key: Key, phase: Phase) -> Need:
         if phase is Phase.LOADING:
             return UNKNOWN
         known = self._known.get(key) or _NOTHING
@@ -286,6 +295,7 @@ class Ledger:
         `made`: a video was made; the peak of an attempt says too little.
         """
         known = self._known.setdefault(key, _Known(0))
+        before = (known.idle, known.peak, known.encoding, known.raised)
         known.idle = memory.resident + memory.weights
         if made and memory.generated:
             peak = max(memory.peak, memory.resident) + memory.weights
@@ -293,6 +303,8 @@ class Ledger:
             known.encoding = None if memory.encoding is None else memory.encoding + memory.weights
             # Half the way back at each video: a neighbour's memory may have been the reason.
             known.raised = known.peak + (known.raised - known.peak) // 2 if known.raised > known.peak else 0
+        if (known.idle, known.peak, known.encoding, known.raised) != before:
+            self._forget_needs()
 
     def ran_out(self, entry: Reservation) -> None:
         """Memory ran out in the process's phase: it takes more than it was thought to, and than there was."""
@@ -305,6 +317,12 @@ class Ledger:
         budgets = [self._budgets[device] or 0 for device in entry.devices]
         if all(budgets):
             known.raised = min(known.raised, *budgets)  # more than all there is says nothing
+        self._forget_needs()
+
+    def _forget_needs(self) -> None:
+        """They may be others now, also those of keys that were never measured."""
+        for needs in self._needs.values():
+            needs.clear()
 
     def describe(self) -> dict[str, Any]:
         """For people; bytes."""

@@ -110,14 +110,16 @@ class Key:
     """The model name that it is offered under; empty for the menu's own."""
 
     def __post_init__(self) -> None:
+        # Once: the decision looks keys up all the time, and a forecast names them.
         object.__setattr__(self, "_hash", hash((self.shape, self.variant)))
+        object.__setattr__(self, "_name", f"{self.shape.key}+{self.variant}" if self.variant else self.shape.key)
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined, no-any-return]  # the decision looks keys up all the time
+        return self._hash  # type: ignore[attr-defined, no-any-return]
 
     def __str__(self) -> str:
         """For labels, logs and directories: the shape key, and behind a + the variant."""
-        return f"{self.shape.key}+{self.variant}" if self.variant else self.shape.key
+        return self._name  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def seconds_of(clock: Clock, worker: Worker, *keys: Key) -> list[Any]:
         def settle(_answer: object, number: int = number) -> None:
             ends[number] = clock.now - began
 
-        worker.admit(job(key, number), settle)
+        worker.admit(job(key, number), key, settle)
     clock.run(clock.now + 600)
     return [pytest.approx(end) for end in ends]
 
@@ -75,7 +75,7 @@ def test_the_forecast_of_a_worker_is_what_then_happens():
     assert (idle.free, idle.work, idle.processes) == (1, 0.0, {str(A): 1, str(B): 1})
     began, ends = clock.now, []
     for number, key in enumerate((A, B)):
-        one.admit(job(key, number), lambda _: ends.append(clock.now - began))
+        one.admit(job(key, number), key, lambda _: ends.append(clock.now - began))
     said = forecast(one.book, clock.now)
     assert (said.free, said.jobs) == (-1, {str(A): 1, str(B): 1})
     clock.run(clock.now + 100)
