@@ -39,12 +39,25 @@ class Metrics:
             ["shape_key"],
             registry=self.registry,
         )
+        self.hot = Gauge(
+            "ltx2_router_hot_workers",
+            "Workers that have a process of the shape, or are about to",
+            ["shape_key"],
+            registry=self.registry,
+        )
+        self.rate = Gauge(
+            "ltx2_router_rate",
+            "Requests of the shape that come to this router in a second, the last half an hour counting most",
+            ["shape_key"],
+            registry=self.registry,
+        )
         for reason in REASONS:
             self.choices.labels(reason)
         for problem in PROBLEMS:
             self.problems.labels(problem)
         for key in shape_keys:
-            self.wait.labels(key)
+            for gauge in (self.wait, self.hot, self.rate):
+                gauge.labels(key)
         self.set_workers(heard=0, unheard=0, lost=0)
 
     def set_workers(self, **states: int) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ltx2_pool.fleet.rates import Rates
+from ltx2_pool.serving.demand import Demand
 from ltx2_pool.serving.forecast import Forecast
 
 STALE = 5.0
@@ -92,11 +94,16 @@ _REFUSED = 1e6
 class Fleet:
     """What one router knows of all workers."""
 
-    def __init__(self, stale: float = STALE) -> None:
+    def __init__(self, name: str = "", stale: float = STALE) -> None:
+        """`name` is what the workers know the router by."""
+        self._name = name
         self._stale = stale
         self._views: dict[int, _View] = {}
         self._seconds: dict[str, float] = {}
         self._spawn = SPAWN
+        self._rates = Rates()
+        self._leases = 0
+        """Of all workers that were heard."""
         self._hot: dict[str, set[int]] = {}
         """By key: the workers that have a process of it, or are about to."""
 
@@ -107,6 +114,7 @@ class Fleet:
             return  # a later answer has overtaken it
         for key in view.keys.difference(forecast.processes):
             self._hot[key].discard(worker)
+        self._leases += forecast.leases - _leases(view)
         view.forecast, view.heard, view.keys = forecast, asked, set(forecast.processes)
         self._seconds.update(forecast.seconds)
         unmeasured = sum(number * self.seconds(key) for key, number in forecast.unmeasured.items())
@@ -124,9 +132,27 @@ class Fleet:
             if sent.at >= asked:
                 self._add(view, sent)
 
+    def demand(self, worker: int, now: float) -> Demand:
+        """What the worker is told of the fleet."""
+        rates = self._rates.at(now)
+        view = self._views.get(worker)
+        here: Collection[str] = view.keys if view is not None else ()
+        elsewhere = {key: len(self._hot.get(key, ())) - (key in here) for key in rates}
+        work = sum(rate * self.seconds(key) for key, rate in rates.items())
+        return Demand(self._name, rates, elsewhere, work / max(1, self._leases))
+
+    def hot(self, key: str) -> int:
+        """How many workers have a process of the key, or are about to."""
+        return len(self._hot.get(key, ()))
+
+    def rate(self, key: str, now: float) -> float:
+        """How many requests of the key come in a second, lately."""
+        return self._rates.at(now).get(key, 0.0)
+
     def forget(self, worker: int) -> None:
         """The worker is gone, or what is known of it is wrong."""
         if view := self._views.pop(worker, None):
+            self._leases -= _leases(view)
             for key in view.keys:
                 self._hot[key].discard(worker)
 
@@ -143,6 +169,8 @@ class Fleet:
             cost += self._spawn
         sent = Sent(worker, key, now, cost)
         view.sent.add(sent)
+        if key is not None:
+            self._rates.count(key, now)
         view.done = max(view.done, now)
         self._add(view, sent)
         return sent
@@ -224,7 +252,7 @@ class Fleet:
     @staticmethod
     def _share(view: _View, sent: Sent) -> float:
         """Seconds by which a job delays those behind it."""
-        return sent.cost / (view.forecast.leases if view.forecast is not None else 1)
+        return sent.cost / (_leases(view) or 1)
 
     def _add(self, view: _View, sent: Sent) -> None:
         view.free -= 1
@@ -234,3 +262,7 @@ class Fleet:
             if sent.key not in view.keys:
                 view.keys.add(sent.key)
                 self._hot.setdefault(sent.key, set()).add(sent.worker)
+
+
+def _leases(view: _View) -> int:
+    return view.forecast.leases if view.forecast is not None else 0

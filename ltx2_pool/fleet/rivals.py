@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, get_args
 
 from ltx2_pool.fleet.policy import Fleet, Sent
+from ltx2_pool.serving.demand import Demand
 from ltx2_pool.serving.forecast import Forecast
 from ltx2_pool.words.shapes import Key
 
@@ -31,6 +32,9 @@ class Router(Protocol):
     def hear(self, worker: int, forecast: Forecast, now: float) -> None:
         """What a worker says of itself."""
 
+    def demand(self, worker: int, now: float) -> Demand | None:
+        """What a worker is told; None: this one tells nothing."""
+
     def forget(self, worker: int) -> None:
         """A worker is gone."""
 
@@ -49,6 +53,8 @@ class RoundRobin:
     def ended(self, _worker: int, _token: None) -> None: ...
 
     def hear(self, _worker: int, _forecast: Forecast, _now: float) -> None: ...
+
+    def demand(self, _worker: int, _now: float) -> None: ...
 
     def forget(self, _worker: int) -> None: ...
 
@@ -72,14 +78,16 @@ class LeastLoaded:
 
     def hear(self, _worker: int, _forecast: Forecast, _now: float) -> None: ...
 
+    def demand(self, _worker: int, _now: float) -> None: ...
+
     def forget(self, _worker: int) -> None: ...
 
 
 class Ours:
     """The policy of :mod:`ltx2_pool.fleet.policy`; every worker answers, so no forecast is stale."""
 
-    def __init__(self, reasons: Counter[str]) -> None:
-        self.fleet = Fleet(stale=float("inf"))
+    def __init__(self, name: str, reasons: Counter[str]) -> None:
+        self.fleet = Fleet(name, stale=float("inf"))
         self._reasons = reasons
 
     def choose(self, key: Key, workers: Mapping[int, None], now: float) -> int:
@@ -97,6 +105,9 @@ class Ours:
     def hear(self, worker: int, forecast: Forecast, now: float) -> None:
         self.fleet.hear(worker, forecast, now)
 
+    def demand(self, worker: int, now: float) -> Demand:
+        return self.fleet.demand(worker, now)
+
     def forget(self, worker: int) -> None:
         self.fleet.forget(worker)
 
@@ -104,5 +115,5 @@ class Ours:
 def router(policy: Policy, seed: int, reasons: Counter[str]) -> Router:
     """The router of a policy, which counts its reasons there if it has any."""
     if policy == "ours":
-        return Ours(reasons)
+        return Ours(str(seed), reasons)
     return RoundRobin(seed) if policy == "round robin" else LeastLoaded(seed)

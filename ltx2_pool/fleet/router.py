@@ -57,16 +57,20 @@ class Router:
         metrics: Metrics,
         *,
         attempts: int = 4,
+        name: str = "",
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`workers` make videos, `forecasts` say how they are; the same instances behind both."""
+        """`workers` make videos, `forecasts` say how they are; the same instances behind both.
+
+        `name`: what tells this router from others, for the workers.
+        """
         self._workers = workers
         self._forecasts = forecasts
         self._menu = menu
         self._metrics = metrics
         self._attempts = attempts
         self._now = now
-        self._fleet = Fleet()
+        self._fleet = Fleet(name)
         self._asking: dict[int, asyncio.Task[None]] = {}
         self._lost: set[int] = set()
         """Were lost under a request or left a question unanswered, and have not been heard of since: discovery lists
@@ -96,12 +100,15 @@ class Router:
             choice = self._fleet.choose(str(key), present - self._lost or present, self._now())
             wait = max(0.0, choice.seconds - self._fleet.seconds(str(key))) if choice else float("inf")
             self._metrics.wait.labels(str(key)).set(wait)
+            self._metrics.hot.labels(str(key)).set(self._fleet.hot(str(key)))
+            self._metrics.rate.labels(str(key)).set(self._fleet.rate(str(key), self._now()))
 
     async def _ask(self, worker: int) -> None:
         asked = self._now()
         try:
             async with asyncio.timeout(STALE / 2):
-                async for said in await self._forecasts.direct({}, worker, annotated=False):
+                demand = self._fleet.demand(worker, asked).said()
+                async for said in await self._forecasts.direct(demand, worker, annotated=False):
                     self._fleet.hear(worker, Forecast.of(said), asked)
                     self._lost.discard(worker)
                     return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import uuid
 from typing import Any
 
 from dynamo.common.utils.namespace import get_worker_namespace
@@ -44,6 +45,7 @@ async def serve(settings: RouterSettings, menu: Menu, last_resort: LastResort) -
         menu,
         metrics,
         attempts=settings.attempts,
+        name=uuid.uuid4().hex,
     )
     path = f"{namespace}.{settings.component}.{settings.endpoint}"
     names = Names(runtime, path, models, str(settings.shapes), settings.discovery)

@@ -138,10 +138,13 @@ class Worker:
         devices: int,
         places: int | None,
         on_change: Callable[[Worker], object],
+        tell: Callable[[Worker], object],
     ) -> None:
+        """`on_change` is called when its forecast may be another, `tell` when it should hear of the fleet."""
         self._clock = clock
         self._costs = costs
         self._on_change = on_change
+        self._tell = tell
         names = [f"gpu{number}" for number in range(devices)]
         ledger = Ledger(dict.fromkeys(names, 10**9), max_processes=places)
         for key in costs.videos:
@@ -178,6 +181,7 @@ class Worker:
         book = self.book
         if not book.waiting and len(book.ledger.reservations) == self._full:
             return  # nobody waits, and nothing can be started ahead: there is nothing to decide
+        self._tell(self)
         for action in book.next_actions(self._clock.now):
             match action:
                 case Begin():

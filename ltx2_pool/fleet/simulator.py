@@ -48,6 +48,8 @@ class Plan:
     """Routers side by side (for the others: frontends), none of which knows what the others send."""
     interval: float = 0.5
     """Seconds between two forecasts of a worker."""
+    listening: bool = True
+    """Whether workers listen to what our routers say of the fleet."""
     seed: int = 0
 
 
@@ -156,11 +158,19 @@ class _World:
 
     def _enter(self) -> None:
         plan, number = self._plan, next(self._numbers)
-        worker = Worker(self._clock, plan.costs, plan.ahead, plan.devices, plan.places, self._changed.setdefault)
+        on_change, tell = self._changed.setdefault, self._tell if plan.listening else lambda _: None
+        worker = Worker(self._clock, plan.costs, plan.ahead, plan.devices, plan.places, on_change, tell)
         self._ids[worker] = number
         self._workers[number] = worker
         self._working[number] = {}
         self._open[number] = None
+
+    def _tell(self, worker: Worker) -> None:
+        """What it is told all the time, it hears when it makes use of it."""
+        if (number := self._ids.get(worker)) is not None:
+            for router in self._routers:
+                if (demand := router.demand(number, self._clock.now)) is not None:
+                    worker.book.listener.hear(demand, self._clock.now)
 
     def _count(self, worker: Worker) -> None:
         worker.die()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ltx2_pool.serving.ledger import Ledger, Phase, Reservation
@@ -50,7 +50,11 @@ class State:
     gpus: Mapping[Key, int] = field(default_factory=dict)
     """Devices that a process of the key runs on together, where that is not one."""
     ahead: Sequence[Key] = ()
-    """What to start before anybody asks, in that order."""
+    """What to start before anybody asks, in that order, as far as `worth` says no other."""
+    most_ahead: int | None = None
+    """Of these; None: all."""
+    worth: Callable[[Key], float] | None = None
+    """Starts a second that a process of a key saves the fleet here; None: nobody says."""
     patience: float = 0.0
     """Seconds."""
 

@@ -113,6 +113,7 @@ def pool(
         limits(settings),
         keys=menu.keys,
         ahead=prewarm,
+        pinned=not settings.pool_mode or not (settings.wanted == "all" or settings.wanted.startswith("top:")),
         gpus={offer.key: offer.gpus for offer in menu.offers} if settings.pool_mode else {},
     )
     return Pool(

@@ -16,6 +16,7 @@ from typing import Literal
 
 from ltx2_pool.serving.actions import Action, Evict, Pause, Refuse, Spawn, Start, State, Wake
 from ltx2_pool.serving.breaker import Pauses, Starts
+from ltx2_pool.serving.demand import Listener
 from ltx2_pool.serving.devices import Devices
 from ltx2_pool.serving.durations import Durations
 from ltx2_pool.serving.ledger import Ledger, Phase, Reservation
@@ -63,7 +64,7 @@ class Book:
     """The pool's state.
 
     `keys` is what may be asked for, `ahead` what is started before anybody asks, `gpus` on how many devices a process
-    of a key runs, where that is not one.
+    of a key runs, where that is not one. `pinned`: the fleet's demand decides on the order of `ahead` only.
     """
 
     ledger: Ledger
@@ -73,6 +74,7 @@ class Book:
     pauses: Pauses = field(default_factory=Pauses)
     gpus: Mapping[Key, int] = field(default_factory=dict)
     decide: Callable[[State], list[Action]] = decide
+    pinned: bool = False
 
     def __post_init__(self) -> None:
         self.waiting: list[Ticket] = []
@@ -89,6 +91,8 @@ class Book:
         self._process_numbers = itertools.count()
         self._poisons = Poisons()
         self.durations = Durations()
+        self.listener = Listener()
+        self._ahead = self.ahead if self.pinned else tuple(dict.fromkeys((*self.ahead, *self.keys)))
 
     # Jobs come and go.
 
@@ -278,28 +282,26 @@ class Book:
     # The decision.
 
     def next_actions(
-        self, now: float, helpers: Mapping[str, Pause] | None = None
+        self, now: float, helpers: Mapping[str, Pause] = {}
     ) -> list[Start | Begin | Evict | Refuse | Wake]:
         """What to do now. What that changes in the book is changed already: the list only has to be carried out.
 
         `helpers`: devices on which what all starts need does not start.
         """
-        paused = {}
-        for key, starts in self.starts.items():
-            if (pause := starts.pause(now)) is not None:
-                paused[key] = pause
-        ahead: Sequence[Key] = () if self.closing else self.ahead
-        helpers = helpers or {}
+        pauses = ((key, starts.pause(now)) for key, starts in self.starts.items())
+        paused = {key: pause for key, pause in pauses if pause is not None}
+        ahead: Sequence[Key] = () if self.closing else self._ahead
+        most_ahead: int | None = len(self.ahead)
         self.devices.helpless = frozenset(helpers)
         out = {**self.devices.out(now), **helpers}
         self.helpers_down = self.helpers_down or len(out) == len(self.ledger.devices)
         if not self.closing and not self.able():
             # Or it would never learn that it can.
-            ahead = tuple(dict.fromkeys((*ahead, *self.starts, *self.keys)))
+            ahead, most_ahead = tuple(dict.fromkeys((*ahead, *self.starts, *self.keys))), None
         todo: list[Start | Begin | Evict | Refuse | Wake] = []
-        state = State(
-            now, self.waiting[:], self.ledger, paused, out, self.devices.avoided, self.gpus, ahead, self.limits.patience
-        )
+        jobs, avoid = self.waiting[:], self.devices.avoided
+        worth, patience = self.listener.worth(now), self.limits.patience
+        state = State(now, jobs, self.ledger, paused, out, avoid, self.gpus, ahead, most_ahead, worth, patience)
         for action in self.decide(state):
             match action:
                 case Spawn():

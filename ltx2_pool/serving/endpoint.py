@@ -17,6 +17,7 @@ from dynamo.common.utils.namespace import get_worker_namespace
 from ltx2_pool import __version__
 from ltx2_pool.processes.pictures import PictureReader
 from ltx2_pool.serving.delivery import Deliverer, MediaStore
+from ltx2_pool.serving.demand import Listener
 from ltx2_pool.serving.descriptors import Descriptors, Exhausted
 from ltx2_pool.serving.exits import ABORT_TIMEOUT, BROKEN, FAILED, LOST, STOPPED, LastResort
 from ltx2_pool.serving.handler import Counters, VideoHandler
@@ -46,6 +47,9 @@ SETTLE = 3.0
 
 class Pool(Protocol):
     """What makes the videos."""
+
+    listener: Listener
+    """To be told what the fleet is asked for."""
 
     async def start(self) -> None:
         """Returns when enough is hot."""
@@ -146,7 +150,7 @@ class Worker:
         names = [self._model, *menu.models[1:]]
         self._names: Names | BehindRouter = Names(runtime, path, names, str(settings.model), settings.discovery)
         if settings.router:
-            self._names = BehindRouter(runtime, path, names, pool.status, settings.discovery)
+            self._names = BehindRouter(runtime, path, names, pool.status, pool.listener, settings.discovery)
         self._ending: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._aborted = asyncio.Event()
         self._serving: asyncio.Future[Any] | None = None

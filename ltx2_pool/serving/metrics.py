@@ -30,6 +30,9 @@ class Metrics:
     def __init__(self, shape_keys: Sequence[str], devices: Sequence[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self.size = self._gauge("ltx2_pool_size", "Shape processes that exist")
+        self.routers = self._gauge(
+            "ltx2_pool_routers", "Routers that say what the fleet is asked for, and are believed"
+        )
         self.spawns = self._counter("ltx2_pool_spawn_total", "Shape processes started", "shape_key")
         self.evictions = self._counter(
             "ltx2_pool_eviction_total", "Shape processes ended for another shape", "shape_key"

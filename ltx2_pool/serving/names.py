@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from dynamo.common.utils.prometheus import register_engine_metrics_callback
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 
+from ltx2_pool.serving.demand import Demand, Listener
 from ltx2_pool.serving.presence import DynamoDirectory, keep_all, presence, want_all
+
+logger = logging.getLogger(__name__)
 
 LEAVE_TIMEOUT = 3.0
 """Seconds for leaving discovery; a lease that is not renewed ends by itself."""
@@ -100,13 +105,21 @@ class BehindRouter:
     """The same for a worker that a router sends its jobs to: in discovery without a model, and asked how it is."""
 
     def __init__(
-        self, runtime: Any, path: str, models: Sequence[str], status: Callable[[], dict[str, Any]], discovery: str
+        self,
+        runtime: Any,
+        path: str,
+        models: Sequence[str],
+        status: Callable[[], dict[str, Any]],
+        listener: Listener,
+        discovery: str,
     ) -> None:
-        """`status` is the pool's; its forecast is what a router gets."""
+        """`status` and `listener` are the pool's; a router gets its forecast, and says what it knows of the fleet."""
         self.models = tuple(models)
         self.endpoint = runtime.endpoint(path)
         self._forecasts = runtime.endpoint(path + FORECASTS)
         self._status = status
+        self._listener = listener
+        self._puzzled = False
         self._presences = [
             presence(DynamoDirectory(endpoint, self.register), discovery)
             for endpoint in (self.endpoint, self._forecasts)
@@ -122,8 +135,22 @@ class BehindRouter:
             self._forecasts.serve_endpoint(self._forecast, graceful_shutdown=True),
         )
 
-    async def _forecast(self, _request: object, _context: object = None) -> AsyncIterator[dict[str, Any]]:
+    async def _forecast(self, request: object, _context: object = None) -> AsyncIterator[dict[str, Any]]:
+        self._listen(request)
         yield self._status().get("forecast", {})
+
+    def _listen(self, request: object) -> None:
+        """What a router says; an older one says nothing."""
+        if not request:
+            return
+        try:
+            self._listener.hear(Demand.of(request), time.monotonic())
+            self._puzzled = False
+        except ValueError as error:
+            if not self._puzzled:  # it will say so twice a second
+                what = " ".join(str(error).split())[:500]
+                logger.warning("what a router says of the fleet cannot be understood, and is passed over: %s", what)
+            self._puzzled = True
 
     async def want(self, wanted: bool) -> None:
         """As :meth:`Names.want`."""

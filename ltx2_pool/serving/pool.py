@@ -72,6 +72,8 @@ class Pool:
         self._ready_min = ready_min
         self._report = Report(host, book, metrics or Metrics([]))
         self._metrics = self._report.metrics
+        self.listener = book.listener
+        """To be told what the fleet is asked for."""
         self._handles: dict[int, Process] = {}  # by the number of their reservation
         self._events: dict[int, OnEvent] = {}  # by the number of their ticket
         self._lives: dict[int, asyncio.Task[None]] = {}
@@ -246,8 +248,7 @@ class Pool:
                 case Refuse():
                     logger.warning("job refused: %s is %s", action.job.key, action.pause.refuse)
                 case Wake():
-                    delay = max(0.0, action.at - now) + 1e-3
-                    self._timer = asyncio.get_running_loop().call_later(delay, self._decide)
+                    self._timer = asyncio.get_running_loop().call_later(max(0.0, action.at - now) + 1e-3, self._decide)
         self._publish()
 
     def _begin(self, action: Begin) -> None:
@@ -271,8 +272,7 @@ class Pool:
                 self._on_failed_start(entry, ProcessLost.unforeseen(str(entry.key), error))
             else:
                 self._on_ready(entry, handle, ready)
-                status = await handle.exited()
-                logger.info("%s (pid %s) ended with status %s", entry.key, handle.pid, status)
+                logger.info("%s (pid %s) ended with status %s", entry.key, handle.pid, await handle.exited())
                 if entry.idle:
                     self._on_idle_death(entry, handle)
         finally:

@@ -43,6 +43,7 @@ class Report:
         self.health: Health = "starting"
         self._health_waiters: list[asyncio.Future[None]] = []
         self._last_errors: dict[str, str] = {}
+        metrics.routers.set_function(lambda: book.listener.routers(time.monotonic()))
 
     def answered(self, asked: Key, outcome: Video | Exception, seconds: float) -> None:
         """A request got its answer, that many seconds after it came."""
@@ -167,6 +168,7 @@ class Report:
             "running": len(book.running),
             "leases": sum(r.phase is Phase.GENERATING for r in entries.values()),
             "forecast": forecast(book, now).said(),
+            "fleet": self._fleet(now),
             "expected_wait_s": round(book.expected_wait(), 3),
             "helpers": self._host.pids,
             "processes": [
@@ -185,6 +187,12 @@ class Report:
             "unavailable": {str(key): round(left, 1) for key, left in book.unavailable(now).items()},
             "last_errors": dict(self._last_errors),
         }
+
+    def _fleet(self, now: float) -> dict[str, Any]:
+        """What routers say, and what follows from it: starts an hour that a process of each key saves the fleet."""
+        worth = self._book.listener.worth(now)
+        saves = {} if worth is None else {str(key): round(3600 * worth(key), 3) for key in self._book.keys}
+        return {"routers": self._book.listener.routers(now), "saves_starts_per_hour": saves}
 
 
 def _state(entry: Reservation) -> str:

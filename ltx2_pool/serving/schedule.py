@@ -1,9 +1,10 @@
 """The decision: which job starts, which process is started, which is evicted. Pure; :mod:`pool` carries it out.
 
 Jobs are looked at in their order. One whose key has an idle process starts, if a lease and the memory are there. One
-whose key has no process gets one where there is room, or room is made: the least recently used idle processes go, those
-that somebody waits for only when the job's patience is over. What a job has to wait for it *claims*, and no younger job
-may take it. A process that works is never evicted, and a start needs no lease, so hot shapes flow on beside it.
+whose key has no process gets one where there is room, or room is made: the idle processes go that save the fleet least
+here, of equals the least recently used; those that somebody waits for only when the job's patience is over. What a job
+has to wait for it *claims*, and no younger job may take it. A process that works is never evicted, and a start needs no
+lease, so hot shapes flow on beside it.
 
 A key whose processes cannot take a job that waits gets another, a *copy*, on a device that has a lease to spare and no
 process of the key: at once where there is room; in the place of idle processes that nobody waits for, copies before a
@@ -272,9 +273,10 @@ class _Decision:
         """Until when the jobs of hot shapes may pass the first one that waits for the job's key."""
         return self._awaited[job.key] + self._state.patience
 
-    def _precious(self, process: Reservation) -> tuple[bool, bool, int]:
+    def _precious(self, process: Reservation) -> tuple[bool, bool, float, int]:
         """The least first."""
-        return process.key in self._awaited, self._last(process), process.used
+        worth = self._state.worth(process.key) if self._state.worth is not None else 0.0
+        return process.key in self._awaited, self._last(process), worth, process.used
 
     def _last(self, process: Reservation) -> bool:
         """Whether its key has no other."""
@@ -323,7 +325,10 @@ class _Decision:
         for process in self._ledger.reservations.values():
             if process.phase in (Phase.LOADING, Phase.SPAWNING):
                 quiet.difference_update(process.devices)
-        for key in self._state.ahead:
+        ahead = self._state.ahead
+        if (worth := self._state.worth) is not None:
+            ahead = sorted(ahead, key=lambda key: -worth(key))
+        for key in ahead[: self._state.most_ahead]:
             if not quiet:
                 return
             if self._of(key):

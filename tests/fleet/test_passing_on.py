@@ -12,6 +12,7 @@ from dynamo.llm.exceptions import HttpError, InvalidArgument
 from ltx2_pool.fleet.metrics import Metrics
 from ltx2_pool.fleet.router import Router, is_loss, translate
 from ltx2_pool.gateway import upstream
+from ltx2_pool.serving.demand import Demand
 from ltx2_pool.tools.stack import TINY_MENU
 from ltx2_pool.words.menu import Menu
 from tests.serving.made_up import Context, collect, until
@@ -27,12 +28,14 @@ class Workers:
     def __init__(self, **items: list[Any]) -> None:
         self.items = {int(name[1:]): what for name, what in items.items()}
         self.asked: list[tuple[int, dict[str, Any]]] = []
+        self.requests: list[tuple[int, Any]] = []
 
     def instance_ids(self) -> list[int]:
         return list(self.items)
 
-    async def direct(self, _request: Any, worker: int, **options: Any) -> AsyncIterator[Any]:
+    async def direct(self, request: Any, worker: int, **options: Any) -> AsyncIterator[Any]:
         self.asked.append((worker, options))
+        self.requests.append((worker, request))
 
         async def answer() -> AsyncIterator[Any]:
             for item in self.items[worker]:
@@ -49,7 +52,7 @@ def idle(*keys: object) -> list[Any]:
 
 def router(workers: Workers, forecasts: Workers | None = None, attempts: int = 4) -> Router:
     metrics = Metrics([str(key) for key in MENU.keys])
-    return Router(workers, forecasts or Workers(), MENU, metrics, attempts=attempts)
+    return Router(workers, forecasts or Workers(), MENU, metrics, attempts=attempts, name="r")
 
 
 def counted(router: Router, name: str, **labels: str) -> float:
@@ -268,6 +271,19 @@ async def test_a_worker_that_hangs_does_not_hold_up_the_others_and_is_passed_ove
     await one.look()
     assert not one._lost
     assert await collect(one.generate(REQUEST, Context())) == ["of 1"]
+
+
+async def test_a_worker_is_told_what_is_asked_for_and_how_many_others_have_it():
+    key, forecasts = str(MENU.keys[0]), Workers(w1=idle(MENU.keys[0]), w2=idle())
+    one = router(Workers(w1=["video"], w2=["video"]), forecasts)
+    await one.look()
+    await collect(one.generate(REQUEST, Context()))
+    await one.look()
+    told = {worker: Demand.of(request) for worker, request in forecasts.requests}
+    assert {worker: demand.elsewhere for worker, demand in told.items()} == {1: {key: 0}, 2: {key: 1}}
+    assert all(demand.router == "r" and demand.rates[key] > 0 < demand.load for demand in told.values())
+    assert counted(one, "ltx2_router_hot_workers", shape_key=key) == 1
+    assert counted(one, "ltx2_router_rate", shape_key=key) > 0
 
 
 async def test_the_expected_wait_of_each_shape_is_published():

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from ltx2_pool.fleet.policy import EVEN, REASONS, SECONDS, STALE, TOLL, Fleet
+from ltx2_pool.fleet.rates import HALF_LIFE, LEAST_AGE, Rates
 from ltx2_pool.serving.forecast import Forecast
 
 A, B = "64x64@9f", "96x64@9f"
@@ -169,6 +170,37 @@ def test_several_devices_take_as_many_jobs_before_anybody_waits():
         one.sent(1, A, 0.0)
     assert waits[:2] == [0.0, 0.0]
     assert 0 < waits[2] <= 2.0
+
+
+def test_a_worker_is_told_how_many_others_have_a_key_and_how_much_is_asked_for():
+    one = Fleet("r")
+    for worker, keys in ((1, (A, B)), (2, (A,)), (3, ())):
+        one.hear(worker, idle(*keys), 0.0)
+    for second in range(100):
+        one.ended(one.sent(1, A if second % 4 else B, float(second)))
+    one.sent(3, B, 100.0)
+    told = [one.demand(worker, 100.0) for worker in (1, 2, 3, 4)]
+    assert [(demand.elsewhere[A], demand.elsewhere[B]) for demand in told] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert told[0].rates == pytest.approx({A: 0.75, B: 0.26}, rel=0.05)
+    assert told[0].load == pytest.approx(2.0 * 1.01 / 3, rel=0.05)
+    one.forget(2)
+    one.hear(3, idle(leases=3, free=3), 101.0)
+    last = one.demand(1, 101.0)
+    assert (last.elsewhere[A], last.elsewhere[B]) == (0, 0)
+    assert last.load == pytest.approx(2.0 * 1.01 / 4, rel=0.05)
+
+
+def test_rates_are_right_from_the_first_minute_on_and_sink_when_nobody_asks():
+    rates, now = Rates(), 0.0
+    rates.count(A, now)
+    assert rates.at(now)[A] <= 1 / LEAST_AGE * 1.1
+    while now < 5 * HALF_LIFE:
+        now += 10.0
+        rates.count(A, now)
+        if now % 300 == 0:
+            assert rates.at(now)[A] == pytest.approx(0.1, rel=0.1)
+    assert rates.at(now + HALF_LIFE)[A] == pytest.approx(0.05, rel=0.1)
+    assert Rates().at(0.0) == {}
 
 
 def test_a_forecast_survives_json_and_fields_of_a_newer_worker():

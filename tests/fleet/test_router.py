@@ -29,6 +29,10 @@ def test_a_video_crosses_the_router(fleet):
     assert base64.b64decode(ask(fleet).json()["data"][0]["b64_json"]) == CONTENT
 
 
+def test_the_workers_hear_both_routers(fleet):
+    wait(lambda: {fleet.of(number)["routers"] for number in range(3)} == {2})
+
+
 @pytest.mark.parametrize(("prompt", "status"), STATUSES.items())
 def test_each_failure_keeps_its_status_and_quarantines_nobody(fleet, prompt, status):
     assert ask(fleet, prompt=prompt).status_code == status

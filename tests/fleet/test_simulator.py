@@ -24,7 +24,7 @@ def job(key: Key, number: int = 0) -> Job:
 
 
 def worker(clock: Clock, *ahead: Key, devices: int = 1, places: int | None = 2) -> Worker:
-    made = Worker(clock, COSTS, ahead, devices, places, lambda _: None)
+    made = Worker(clock, COSTS, ahead, devices, places, lambda _: None, lambda _: None)
     clock.run(clock.now + 60)
     return made
 
@@ -152,3 +152,15 @@ def test_the_same_plan_gives_the_same_outcome():
     plan = Plan(3, COSTS, KEYS[:2], places=2, seconds=300, losses=1000)
     one, other = outcomes(plan)["ours"], outcomes(plan)["ours"]
     assert (one.waits, one.reasons, one.spawns) == (other.waits, other.reasons, other.spawns)
+
+
+def test_workers_that_listen_start_less_and_meet_more_jobs_hot():
+    keys = [Key(Shape(32 * n, 32, 9)) for n in range(1, 13)]
+    costs = Costs(dict.fromkeys(keys, 4.0), dict.fromkeys(keys, 1.0))
+    found = {}
+    for listening in (False, True):
+        plan = Plan(6, costs, keys[:4], places=4, seconds=7200, losses=40, listening=listening)
+        outcome = simulate(plan, "ours", arrivals("poisson", 0.5 * 6 / 4.0, zipf(keys), plan.seconds, 1))
+        found[listening] = outcome.figures()
+    assert found[True]["spawns per 1,000 videos"] < 0.9 * found[False]["spawns per 1,000 videos"]
+    assert 100 - found[True]["hot hits %"] < 0.9 * (100 - found[False]["hot hits %"])

@@ -16,6 +16,7 @@ from ltx2_pool.serving import schedule
 from ltx2_pool.serving.actions import Action, Evict, Pause, Start, State, Wake
 from ltx2_pool.serving.book import FAULTS, LOSSES, Begin, Book
 from ltx2_pool.serving.breaker import Pauses
+from ltx2_pool.serving.demand import Demand
 from ltx2_pool.serving.ledger import ACTIVE, Ledger, Phase, Reservation
 from ltx2_pool.serving.poisons import parameters
 from ltx2_pool.serving.tickets import Limits, Ticket
@@ -85,6 +86,7 @@ class World:
         self.faults: Counter[Job] = Counter()
         self.kind: Counter[str] = Counter()
         self.helpers: dict[str, Pause] = {}
+        self.listens = pick() < 0.5
 
     # Events.
 
@@ -119,6 +121,14 @@ class World:
             ticket = open_[int(self.random.random() * len(open_))]
             self.cancelled.add(ticket.number)
             self.book.give_up(ticket)
+
+    def hear(self) -> None:
+        """One of two routers says what the fleet is asked for."""
+        pick = self.random.random
+        rates = {str(key): pick() for key in self.keys if pick() < 0.8}
+        elsewhere = {key: int(pick() * 3) for key in rates}
+        self.book.listener.hear(Demand("ab"[int(pick() * 2)], rates, elsewhere, pick()), self.now)
+        self.kind["heard"] += 1
 
     def advance(self, life: Life, good: bool) -> None:
         """What comes next in the life of a process: as it should, or not."""
@@ -200,6 +210,9 @@ class World:
         started: list[Ticket] = []
         self.helpers = {device: pause for device, pause in self.helpers.items() if pause.until > self.now}
         out = self.helpers | self.book.devices.out(self.now)
+        worth = self.book.listener.worth(self.now) or (lambda _: 0.0)
+        spared = [r for r in self.ledger.reservations.values() if r.idle]
+        gone: list[Reservation] = []
         for action in self.book.next_actions(self.now, self.helpers):
             if isinstance(action, Start):
                 life = self.lives[action.process.id]
@@ -235,8 +248,16 @@ class World:
                 ):
                     raise Broken(f"{action.process.key} was evicted while it is awaited and everybody is patient")
                 life.stage = "ending"
+                if action.why.startswith("a place"):
+                    gone.append(action.process)
             elif isinstance(action, Wake):
                 self.wake = action.at
+        if len(self.devices) == 1 and gone:  # each key has one process at most
+            awaited = {ticket.key for _, ticket in before}
+            spared = [r for r in spared if r.idle and r.key not in awaited]
+            least = min((worth(r.key), r.used) for r in spared) if spared else (float("inf"), 0)
+            if any((worth(r.key), r.used) > least for r in gone):
+                raise Broken(f"{gone} went, and {spared} would have been missed less")
         self.check()
         if self.max_processes == 1 and len(self.devices) == 1 and started and not self.helpers:
             served = {r.key for r in self.ledger.reservations.values()}
@@ -303,6 +324,8 @@ class World:
         closes = pick() < 0.2
         for _ in range(4 + int(pick() * (12 + 2 * len(self.devices)))):
             roll = pick()
+            if self.listens and pick() < 0.2:
+                self.hear()
             if roll < 0.36 or not self.lives:
                 self.arrive()
             elif roll < 0.88:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 from prometheus_client import CollectorRegistry
 
+from ltx2_pool.serving.demand import Listener
 from ltx2_pool.words.outcomes import (
     JobFailed,
     JobTimeout,
@@ -89,6 +91,7 @@ class MadeUpPool:
         self.closing = False
         self.drain_timeout = -1.0
         self.aborted = False
+        self.listener = Listener()
         self._health: Any = "able"
         self._changed = asyncio.Event()
 
@@ -162,7 +165,13 @@ class MadeUpPool:
     def status(self) -> dict[str, Any]:
         running = len(self.held)
         forecast = {"leases": 1, "free": 1 - running, "work": 1.0 * running, "processes": dict.fromkeys(self.hot, 1)}
-        return {"running": running, "last_errors": ["disk on fire"], "forecast": forecast, "cold": self.cold}
+        return {
+            "running": running,
+            "last_errors": ["disk on fire"],
+            "forecast": forecast,
+            "cold": self.cold,
+            "routers": self.listener.routers(time.monotonic()),
+        }
 
 
 class Counts:

@@ -64,6 +64,11 @@ MUTANTS = {
     ),
     "a copy is started beside the process of its key": ("if device not in there and", "if"),
     "something is started on a device that is out": ("if d not in state.out or", "if True or"),
+    "what the fleet needs is not asked": (
+        "self._state.worth(process.key) if self._state.worth is not None else 0.0",
+        "0.0",
+    ),
+    "what the fleet needs goes first": ("self._state.worth(process.key) if", "-self._state.worth(process.key) if"),
     "nothing wakes it up": ("self._actions.append(Wake(self._wake))", "pass"),
     "patience has no end": ("return self._awaited[job.key] + self._state.patience", "return 1e9"),
 }

@@ -76,6 +76,7 @@ def ask(arguments: argparse.Namespace) -> Question:
         losses=arguments.losses,
         rollings=arguments.rolling_restarts,
         routers=arguments.routers,
+        listening=not arguments.no_listening,
         seed=arguments.seed,
     )
     return Question(plan, arguments.pattern, arguments.load)

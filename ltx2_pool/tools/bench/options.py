@@ -203,6 +203,7 @@ def _fleet_options(fleet: argparse.ArgumentParser, run: Command) -> None:
     )
     fleet.add_argument("--rolling-restarts", type=int, default=1, metavar="N", help="in that time [%(default)s]")
     fleet.add_argument("--routers", type=_count, default=1, metavar="N", help="side by side [%(default)s]")
+    fleet.add_argument("--no-listening", action="store_true", help="workers do not hear what the fleet is asked for")
     fleet.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     fleet.add_argument("--out", type=Path, default=Path("fleet-out"), metavar="DIR", help="[%(default)s]")
 
