@@ -205,30 +205,28 @@ class Fleet:
         `key` is None for a request that no worker would take: whoever is free says what is wrong with it.
         """
         hot = self._hot.get(key, ()) if key is not None else ()
-        best = _NOBODY
-        for worker in hot:
-            if worker in workers:
-                best = self._better(worker, key, now, best)
+        best = self._best([worker for worker in hot if worker in workers], key, now, _NOBODY)
         if best.rank >= self._spawn:  # else no cold start can be quicker
-            for worker in workers:
-                if worker not in hot:
-                    best = self._better(worker, key, now, best)
+            best = self._best([worker for worker in workers if worker not in hot], key, now, best)
         if best is _NOBODY:
             return None
         reason = "first" if best.reason == "cold" and not hot else best.reason
         return Choice(best.worker, best.wait + self.seconds(key), reason)
 
-    def _better(self, worker: int, key: str | None, now: float, best: _Rated) -> _Rated:
-        """The worker, rated, or the best one so far."""
-        view = self._views.get(worker)
-        if view is None or view.forecast is None or now - view.heard > self._stale:
-            jobs = len(view.sent) if view is not None else 0
-            wait = jobs * SECONDS + self._spawn
-            return min(best, _Rated(wait + EVEN + TOLL * self._spawn, now, worker, wait, "unheard"))
-        wait = max(0.0, view.done - now) if view.free <= 0 else 0.0
-        if wait + EVEN * view.needed > best.rank:
-            return best  # most are passed over here: a large fleet is looked through for each job
-        return min(best, self._rate(view, worker, key, wait))
+    def _best(self, workers: Iterable[int], key: str | None, now: float, best: _Rated) -> _Rated:
+        """The best of these workers, and of what was the best so far."""
+        heard = now - self._stale
+        for worker in workers:
+            view = self._views.get(worker)
+            if view is None or view.forecast is None or view.heard < heard:
+                jobs = len(view.sent) if view is not None else 0
+                wait = jobs * SECONDS + self._spawn
+                best = min(best, _Rated(wait + EVEN + TOLL * self._spawn, now, worker, wait, "unheard"))
+                continue
+            wait = max(0.0, view.done - now) if view.free <= 0 else 0.0
+            if wait + EVEN * view.needed <= best.rank:  # most are passed over here: a fleet is looked through for a job
+                best = min(best, self._rate(view, worker, key, wait))
+        return best
 
     def _rate(self, view: _View, worker: int, key: str | None, wait: float) -> _Rated:
         """What speaks against a worker that was heard, on which a job has to wait for a lease."""
