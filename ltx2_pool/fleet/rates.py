@@ -10,7 +10,7 @@ HALF_LIFE = 1800.0
 LEAST_AGE = 60.0
 """Seconds: what came in a shorter time says no more than if it had come in this."""
 EVERY = 1.0
-"""Seconds for which the rates are not calculated anew."""
+"""Seconds for which the rates stay what they are."""
 
 
 class Rates:
@@ -29,7 +29,7 @@ class Rates:
         self._counts[key] = self._counts.get(key, 0.0) + 1.0
 
     def at(self, now: float) -> Mapping[str, float]:
-        """Not to be changed; made anew every second at most."""
+        """Not to be changed; calculated once a second at most."""
         if self._began is not None and now - self._made >= EVERY:
             fade = 0.5 ** ((now - self._faded) / HALF_LIFE)
             self._counts = {key: count * fade for key, count in self._counts.items()}

@@ -6,12 +6,14 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import pytest
 
 from ltx2_pool.processes.process import Timeouts
 from ltx2_pool.serving.breaker import Pauses
+from ltx2_pool.serving.demand import Demand
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.tickets import Limits
 from ltx2_pool.words.outcomes import JobTimeout, Poisonous, PoolClosed, ProcessLost, QueueFull, Unavailable
@@ -264,3 +266,18 @@ async def test_closing_does_not_wait_for_weights_that_are_still_loaded(make_pool
             await pool.close()
         with pytest.raises(PoolClosed):
             await waiting
+
+
+async def test_what_the_fleet_has_elsewhere_goes_first_and_status_and_metrics_say_why(make_pool):
+    metrics = Metrics([A.key, B.key, C.key])
+    async with make_pool(max_size=2, metrics=metrics) as pool:
+        assert pool.status()["fleet"] == {"routers": 0, "saves_starts_per_hour": {}}
+        await make(pool, A)
+        await make(pool, B)
+        demand = Demand("r", {A.key: 0.1, B.key: 0.1, C.key: 0.1}, {B.key: 3}, 0.5)
+        pool.listener.hear(demand, time.monotonic())
+        said = pool.status()["fleet"]
+        assert metrics.registry.get_sample_value("ltx2_pool_routers") == said["routers"] == 1
+        assert said["saves_starts_per_hour"] == {A.key: 360.0, B.key: 45.0, C.key: 360.0}
+        await make(pool, C)
+        assert set(states(pool)) == {A.key, C.key}  # and not B, although A was used before it
