@@ -243,7 +243,7 @@ def fleet(outcomes: Sequence[Outcome], about: str, path: Path) -> Path:
         bars = right.bar(places + offset, [values[name] for values in figures], 0.38, label=name)
         right.bar_label(bars, fmt="%.0f", fontsize=8)
     right.set_xticks(places, [outcome.policy for outcome in outcomes])
-    right.legend(frameon=False, fontsize=8, loc="upper right")
+    right.legend(frameon=False, fontsize=8, loc="center right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
