@@ -243,7 +243,7 @@ def fleet(outcomes: Sequence[Outcome], about: str, path: Path) -> Path:
         bars = right.bar(places + offset, [values[name] for values in figures], 0.38, label=name)
         right.bar_label(bars, fmt="%.0f", fontsize=8)
     right.set_xticks(places, [outcome.policy for outcome in outcomes])
-    right.legend(frameon=False, fontsize=8, loc="center right")
+    right.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
