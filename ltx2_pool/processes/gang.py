@@ -47,12 +47,17 @@ class Gang(Process):
         self._stopping = False
 
     def __str__(self) -> str:
-        return f"{self.name} ({len(self.ranks)} ranks, pids {', '.join(str(rank.pid) for rank in self.ranks)})"
+        return f"{self.name} ({len(self.ranks)} ranks, pids {', '.join(map(str, self.pids))})"
 
     @property
     def pid(self) -> int | None:
         """Rank 0's."""
         return self.ranks[0].pid
+
+    @property
+    def pids(self) -> tuple[int | None, ...]:
+        """As :attr:`ltx2_pool.processes.host.Process.pids`."""
+        return tuple(rank.pid for rank in self.ranks)
 
     @property
     def alive(self) -> bool:
