@@ -299,3 +299,20 @@ def test_a_budget_is_found_out_where_nothing_moves():
     assert ledger.still("d0")
     starting.ending = True
     assert not ledger.still("d0")
+
+
+def test_copies_that_may_not_write_to_the_directory_that_was_made_again_are_one_riddle():
+    """They are all confined to the one that was there before; a process that is started now is not."""
+    devices = [f"d{number}" for number in range(8)]
+    asked = book(*devices)
+    admit(asked, A)
+    for number, device in enumerate(devices[:6]):
+        asked.ready(asked.ledger.reserve(number, A, (device,)), MEMORY, 1.0)
+    charges = []
+    for number in range(8):
+        if number >= 6:
+            asked.ready(asked.ledger.reserve(number, A, (devices[number],)), MEMORY, 1.0)
+        (start,) = [action for action in asked.next_actions(1.0) if isinstance(action, Start)]
+        charges.append(asked.lost(start.process, ProcessLost("p", "system", "may not write"), 1.0))
+        asked.gone(start.process)
+    assert charges == ["retry"] * 7 + ["failed"]

@@ -102,6 +102,8 @@ class Chaos:
         self._ledger = Ledger()
         self._begun: Counter[str] = Counter()
         """How often each job was begun that harms nobody."""
+        self._makers: dict[str, int] = {}
+        """The process in which it was begun last."""
         self._one_fault = asyncio.Lock()
         self._file_fault_at = float("-inf")
         self._file_fault_on = False
@@ -153,6 +155,7 @@ class Chaos:
         def on_event(event: object) -> None:
             if isinstance(event, Phase) and event.phase == "text" and not asked.harmful:
                 self._begun[job.id] += 1
+                self._makers[job.id] = next(p["pid"] for p in self._pool.status()["processes"] if p["job"] == job.id)
 
         began = time.monotonic()
         ledger.admitted += 1
@@ -190,6 +193,7 @@ class Chaos:
             if not self._busy():
                 return  # nobody is left to be harmed
             self._file_fault_on = fault.of_files
+            begun, makers = self._begun.copy(), self._makers.copy()
             target.spared.clear()
             try:
                 if await inflict(fault, target):
@@ -198,12 +202,13 @@ class Chaos:
                 if fault.of_files:
                     self._file_fault_at = time.monotonic()
                 self._file_fault_on = False
-            spared = {job: self._begun[job] for job in target.spared}
             # The next fault may hit anything at any moment, but something has to be served in between.
             videos = self._ledger.ended[_VIDEO]
             while self._ledger.ended[_VIDEO] == videos and self._busy():  # noqa: ASYNC110 - anything
                 await asyncio.sleep(STEP)
-            self._ledger.hurt += sum(self._begun[job] > times for job, times in spared.items())
+            self._ledger.hurt += sum(
+                self._begun[job] > begun[job] for job, pid in target.spared.items() if makers.get(job) == pid
+            )
 
     def _busy(self) -> bool:
         status = self._pool.status()

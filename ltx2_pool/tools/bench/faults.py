@@ -50,8 +50,8 @@ class Target:
     pick: Callable[[], float]
     struck: set[int] = field(default_factory=set)
     """Processes that were harmed: of a gang, all."""
-    spared: set[str] = field(default_factory=set)
-    """Jobs that the last fault must not harm: they are made in other processes."""
+    spared: dict[str, int] = field(default_factory=dict)
+    """Jobs that the last fault must not harm, by the processes that make them: others."""
 
     def strike(self, number: int, *states: str, ranks: bool = False) -> bool:
         """Send that signal to a shape process in one of these states, in any without: to one that makes videos alone,
@@ -81,12 +81,12 @@ class Target:
         return things[int(self.pick() * len(things))]
 
     def _spare(self, whether: Callable[[dict[str, Any]], bool]) -> None:
-        self.spared = set()
+        self.spared.clear()
         for process in self.pool.status()["processes"]:
             if not whether(process):
                 self.struck.update(process["pids"])
             elif process["job"] and self.struck.isdisjoint(process["pids"]):
-                self.spared.add(process["job"])
+                self.spared[process["job"]] = process["pid"]
 
 
 def _signal(pid: int, number: int) -> bool:
