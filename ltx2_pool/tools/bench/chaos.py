@@ -140,6 +140,7 @@ class Chaos:
         self._ledger.rss_mb = (self._ledger.rss_mb[0], _rss_mb())
         self._ledger.seconds = time.monotonic() - began
         left = [f"video {path.name}" for path in self._videos.iterdir()] if self._videos.is_dir() else []
+        left += [f"room on {name}" for name, row in self._pool.status()["devices"].items() if row["processes"]]
         self._ledger.leaks = _leaks(before, _footprint()) + left
         return self._ledger
 

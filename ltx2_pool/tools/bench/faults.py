@@ -65,8 +65,8 @@ class Target:
         self._spare(lambda process: pid not in process["pids"])
         return _signal(pid, number)
 
-    def strike_helper(self, kind: str = "") -> str | None:
-        """Kill a helper, of that kind if one is said, and return its name; None: there was none."""
+    def strike_helper(self, kind: str) -> str | None:
+        """Kill a helper of that kind, and return its name; None: there was none."""
         helpers = self.pool.status()["helpers"]
         names = [name for name, pid in helpers.items() if pid and name.startswith(kind)]
         if not names:
@@ -133,9 +133,9 @@ def stop_a_rank(target: Target) -> Iterator[bool]:
     yield target.strike(signal.SIGSTOP, ranks=True)
 
 
-@contextlib.contextmanager
-def kill_a_helper(target: Target) -> Iterator[bool]:
-    yield target.strike_helper() is not None
+def kill_a_helper(kind: str) -> Callable[[Target], contextlib.AbstractContextManager[bool]]:
+    """Of that kind."""
+    return lambda target: contextlib.nullcontext(target.strike_helper(kind) is not None)
 
 
 @contextlib.contextmanager
@@ -223,7 +223,9 @@ def weights_do_not_start(target: Target) -> Iterator[bool]:
 OF_PROCESSES = (
     Fault("a shape process is killed", kill_a_process, 20),
     Fault("one is killed while it encodes", kill_while_encoding, 4),
-    Fault("a helper is killed", kill_a_helper, 4),
+    Fault("a weights process is killed", kill_a_helper("weights"), 2),
+    Fault("the zygote is killed", kill_a_helper("zygote"), 2),
+    Fault("the guard is killed", kill_a_helper("guard"), 1),
     Fault("a shape process is stopped", stop_a_process, 2),
 )
 OF_GANGS = (
