@@ -47,6 +47,8 @@ class Asked:
     """It can only end in one of these."""
     harmful: bool = False
     """It ends processes."""
+    negative: str = ""
+    """Its negative prompt: at guidance 1 it only makes the job's parameters its own, if each has another."""
 
 
 Check = Callable[[Key, bytes], bool]
@@ -145,10 +147,9 @@ class Chaos:
         return self._ledger
 
     async def _one(self, number: int, offer: Offer, patience: float | None) -> None:
-        # At guidance 1 a negative prompt changes no byte: it only makes each job's parameters its own.
         menu, ledger, asked = self._menu, self._ledger, self._ask(number, offer)
         job = Job(
-            *(f"job{number}", offer.shape, asked.prompt, menu.seed, menu.steps, 1.0, menu.fps, str(number)),
+            *(f"job{number}", offer.shape, asked.prompt, menu.seed, menu.steps, 1.0, menu.fps, asked.negative),
             variant=offer.variant,
             refine=offer.refine,
         )
@@ -270,11 +271,11 @@ def imaginary_jobs(seed: int, scratch: Path) -> Ask:
             harm = f"{pick.choice(once)} once {scratch / str(number)}"
             if offer.gpus > 1:
                 harm = f"rank {pick.randrange(offer.gpus)}: {harm} | long 8"
-            return Asked(harm, harmful=True)
+            return Asked(harm, harmful=True, negative=str(number))
         if roll < 0.08:
             prompt = pick.choice(list(always))
-            return Asked(prompt, always[prompt], harmful=True)
-        return Asked("long 8" if roll < 0.3 else "fine")
+            return Asked(prompt, always[prompt], harmful=True, negative=str(number))
+        return Asked("long 8" if roll < 0.3 else "fine", negative=str(number))
 
     return ask
 
