@@ -17,6 +17,7 @@ from ltx2_pool.serving.book import Book
 from ltx2_pool.serving.ledger import Ledger
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.serving.tickets import Limits
+from ltx2_pool.tools import imaginary as imaginary_child
 from ltx2_pool.words import device, requests
 from ltx2_pool.words.device import Device
 from ltx2_pool.words.menu import Menu
@@ -70,8 +71,8 @@ class _Zygote(ZygoteSpawner):
 
     def __init__(self) -> None:
         self._own_guard = Guard()
-        this = "ltx2_pool.tools.imaginary"
-        super().__init__({}, self._own_guard, program=f"{this}:serve_confined", preload=[this])
+        this, serve = imaginary_child.__name__, imaginary_child.serve_confined.__name__
+        super().__init__({}, self._own_guard, program=f"{this}:{serve}", preload=[this])
 
     async def launch(self, environment: Mapping[str, str], inherited: Sequence[int], output: int) -> Launched:
         """As the base class's."""
