@@ -7,8 +7,10 @@ each job; what rank 0 says is what the gang says, and it alone writes the video.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +27,10 @@ from ltx2_pool.words.shapes import CacheDirs
 
 logger = logging.getLogger(__name__)
 
+_LAST_WORDS = 1.0
+"""Seconds for which the end of another rank may still explain the failure of one: an exchange with a rank that dies
+fails before that is gone."""
+
 
 class Gang(Process):
     """As `host.Process` promises; its `memory` is that of the rank that needs most."""
@@ -40,19 +46,25 @@ class Gang(Process):
         """As :attr:`ltx2_pool.processes.shape.ShapeProcess.on_compile_failure`."""
         self._timeouts = timeouts
         self._watches: list[asyncio.Task[None]] = []
-        self._fallen: tuple[ShapeProcess, ...] = ()
-        """Those that had ended, or were made to, when the first end was noticed."""
+        self._fallen: list[ShapeProcess] = []
+        """Those that ended, or said that they must, before the others were made to: in that order."""
+        self._falling = asyncio.Event()
+        """The others are made to end."""
         self._cause: tuple[Reason, str] | None = None
         """Why the gang made its ranks end."""
-        self._stopping = False
 
     def __str__(self) -> str:
-        return f"{self.name} ({len(self.ranks)} ranks, pids {', '.join(str(rank.pid) for rank in self.ranks)})"
+        return f"{self.name} ({len(self.ranks)} ranks, pids {', '.join(map(str, self.pids))})"
 
     @property
     def pid(self) -> int | None:
         """Rank 0's."""
         return self.ranks[0].pid
+
+    @property
+    def pids(self) -> tuple[int | None, ...]:
+        """As :attr:`ltx2_pool.processes.host.Process.pids`."""
+        return tuple(rank.pid for rank in self.ranks)
 
     @property
     def alive(self) -> bool:
@@ -93,7 +105,6 @@ class Gang(Process):
         try:
             ready = await asyncio.gather(*starts)
         except ProcessLost:
-            self._fall()
             lost = await self.loss()
             ends = await asyncio.gather(*starts, return_exceptions=True)
             causes = [end.__cause__ for end in ends if isinstance(end, ProcessLost) and end.__cause__ is not None]
@@ -132,8 +143,10 @@ class Gang(Process):
         """Wait for all answers, but not for one that cannot come: the ranks are in step, or they wait for ever."""
         waiting = set(makings)
         while waiting:
-            decided = makings[0].done() or any(making.done() and making.exception() for making in makings)
-            timeout = self._timeouts.cancel if decided else None
+            failures = [making.exception() for making in makings if making.done()]
+            decided = makings[0].done() or any(failures)
+            lost = any(isinstance(failure, ProcessLost) for failure in failures)  # which ends the others
+            timeout = self._timeouts.cancel if decided and not lost else None
             done, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 answers = [making.exception() or making.result() if making.done() else None for making in makings]
@@ -148,7 +161,6 @@ class Gang(Process):
             if isinstance(answer, BaseException) and not isinstance(answer, JobFailed | ProcessLost):
                 raise answer  # of `on_event`, which has ended rank 0
         if any(isinstance(answer, ProcessLost) for answer in answers):
-            self._fall()
             raise await self.loss()
         first, *others = answers
         # Rank 0 may fail in what it does alone: before the others begin, and when they have done their part. Any other
@@ -175,12 +187,13 @@ class Gang(Process):
 
     def kill(self, why: Reason | None = None) -> None:
         """As :meth:`ltx2_pool.processes.host.Process.kill`: all ranks."""
+        self._falling.set()
         for rank in self.ranks:
             rank.kill(why)
 
     async def stop(self) -> None:
         """As :meth:`ltx2_pool.processes.host.Process.stop`: all ranks at once."""
-        self._stopping = True
+        self._falling.set()
         await asyncio.gather(*(rank.stop() for rank in self.ranks))
 
     async def exited(self) -> int:
@@ -194,12 +207,16 @@ class Gang(Process):
         return all(await asyncio.gather(*(rank.ended() for rank in self.ranks)))
 
     async def loss(self) -> ProcessLost:
-        """As :meth:`ltx2_pool.processes.process.ChildProcess.loss`: of the rank that ended by itself.
+        """As :meth:`ltx2_pool.processes.process.ChildProcess.loss`: of the rank that is to blame.
 
-        Of several that did at once, one that something from outside explains: the others lost their neighbour.
+        Of several that ended by themselves, one that something from outside explains, or that a signal ended: the
+        others lost their neighbour. Else the first.
         """
         losses = {rank: await rank.loss() for rank in self.ranks}
-        rank = min(self._fallen or self.ranks, key=lambda fallen: losses[fallen].reason not in FROM_OUTSIDE)
+        crashed = {rank for rank in self._fallen if rank.ended_because is None and _crashed(await rank.exited())}
+        rank = min(
+            self._fallen or self.ranks, key=lambda each: (losses[each].reason not in FROM_OUTSIDE, each not in crashed)
+        )
         lost = losses[rank]
         reason, what = self._cause or (lost.reason, f"rank {self.ranks.index(rank)} of {len(self.ranks)}: {lost.what}")
         memories = [each.memory for each in losses.values() if each.memory is not None]
@@ -217,23 +234,30 @@ class Gang(Process):
         )
 
     async def _watch(self, rank: ShapeProcess) -> None:
+        """Once one has ended, or said that it must, the others go with it: when it is clear which was the first."""
         await rank.noticed()
-        if not self._stopping:
-            self._fall()
-
-    def _fall(self) -> None:
-        """One has ended, or was made to: the others go with it."""
-        if self._fallen:
+        if self._falling.is_set():
             return
-        self._fallen = tuple(rank for rank in self.ranks if not rank.alive)
-        for rank in self.ranks:
-            if rank.alive:
-                rank.kill()
+        self._fallen.append(rank)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS):
+                why = rank.ended_because
+                if why not in FROM_OUTSIDE and (why is not None or not _crashed(await rank.exited())):
+                    await self._falling.wait()
+        self._falling.set()
+        for other in self.ranks:
+            if other.alive:
+                other.kill()
 
     def _doom(self, reason: Reason, what: str) -> None:
         if self._cause is None:
             self._cause = reason, what
         self.kill()
+
+
+def _crashed(status: int) -> bool:
+    """Whether a signal ended a process that an error of its neighbours explains badly: torch's watchdog aborts."""
+    return status < 0 and -status != signal.SIGABRT
 
 
 def _standing(answer: object) -> tuple[str, str]:

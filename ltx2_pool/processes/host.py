@@ -35,6 +35,11 @@ class Process(ABC):
         """Its process id; None before it has one."""
 
     @property
+    def pids(self) -> tuple[int | None, ...]:
+        """Of all that it consists of: of a gang its ranks', in their order."""
+        return (self.pid,)
+
+    @property
     @abstractmethod
     def alive(self) -> bool:
         """False from the moment its end was noticed or caused; what it held may not be released yet."""

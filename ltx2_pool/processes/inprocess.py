@@ -44,7 +44,7 @@ class InProcessHost(Host):
     def __init__(
         self, recipe: Recipe, cache_root: Path, timeouts: Timeouts | None = None, offers: Iterable[Offer] = ()
     ) -> None:
-        """`recipe` is what all `offers` have in common."""
+        """`recipe` is what all `offers` have in common; each is made on one device (`Menu.on_one_device`)."""
         self.timeouts = timeouts or Timeouts()
         self._recipe = recipe
         self._offers = {offer.key: offer for offer in offers}
@@ -148,8 +148,7 @@ class InProcessHost(Host):
 
             offers = list(self._offers.values()) or [Offer(Shape(0, 0, 0), image=False)]
             refine = max(offer.refine for offer in offers)
-            alone = {"refine": refine, "gpus": 1}  # one process has one device: it makes a gang's videos as well
-            recipes = [self.recipe(offer).model_copy(update=alone) for offer in offers]
+            recipes = [self.recipe(offer).model_copy(update={"refine": refine}) for offer in offers]
             built: dict[str | None, Generator] = {}
             shared: dict[str, Any] | None = None
             for how, recipe in {recipe.quantization: recipe for recipe in recipes}.items():

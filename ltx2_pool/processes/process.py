@@ -102,6 +102,11 @@ class ChildProcess:
         return not self._ending
 
     @property
+    def ended_because(self) -> Reason | None:
+        """Why it was made to end; None while it was not, and when it ended by itself."""
+        return None if self._cause is None else self._cause[0]
+
+    @property
     def tail(self) -> Sequence[str]:
         """The last lines of its output."""
         return tuple(self._output.tail) if self._output is not None else ()

@@ -299,11 +299,12 @@ def _chaos(arguments: argparse.Namespace, console: Console) -> int:
 
     if arguments.gateway:
         return _chaos_of_gateways(arguments, console)
-    menu = Menu.load(arguments.shapes)
+    menu = worlds.with_gangs(Menu.load(arguments.shapes), arguments.devices)
     logging.getLogger("ltx2_pool").addHandler(logging.NullHandler())  # a line for each fault would hide the ledger
-    kinds: tuple[faults.Fault, ...] = (*faults.OF_PROCESSES, *faults.OF_THE_MACHINE)
+    gangs = faults.OF_GANGS if any(offer.gpus > 1 for offer in menu.offers) else ()
+    kinds = (*faults.OF_PROCESSES, *faults.OF_THE_MACHINE, *gangs)
     check = chaos.same_video_each_time()
-    prompt: chaos.Prompt = worlds.same_prompt
+    ask: chaos.Ask = chaos.a_fox
     with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as directory, Progress(console=console) as progress:
         run_dir = Path(directory)
         devices = worlds.devices(arguments.devices, real=arguments.real)
@@ -313,10 +314,10 @@ def _chaos(arguments: argparse.Namespace, console: Console) -> int:
             pool = worlds.imaginary(menu, run_dir, devices)
             kinds = (*kinds, *faults.OF_HELPERS)
             (met := run_dir / "met").mkdir()
-            check, prompt = worlds.is_imaginary, chaos.imaginary_prompts(arguments.seed, met)
+            check, ask = worlds.is_imaginary, chaos.imaginary_jobs(arguments.seed, met)
 
         async def run() -> chaos.Ledger:
-            one = chaos.Chaos(pool, menu, run_dir, run_dir / "videos", kinds, check, prompt)
+            one = chaos.Chaos(pool, menu, run_dir, run_dir / "videos", kinds, check, ask)
             return await one.run(arguments.jobs, arguments.fault_rate, arguments.seed, progress)
 
         ledger = uvloop.run(run())

@@ -75,11 +75,7 @@ def _prepare_and_serve(settings: Settings, arguments: argparse.Namespace) -> int
         )
     if settings.media_output_fs_url and (missing := missing_for(settings.media_output_fs_url)):
         raise SettingsError(missing)
-    chosen = devices.select(settings.devices)
-    if settings.pool_mode:
-        menu.check_devices(len(chosen))
-    else:
-        chosen = chosen[:1]
+    menu, chosen = assembly.served(settings, menu, devices.select(settings.devices))
     settings.recipe.on(chosen[0].capability)
     traffic = Traffic(settings.traffic_file or settings.cache_root / "traffic.json")
     prewarm = to_prewarm(settings.wanted, menu, traffic)

@@ -76,6 +76,17 @@ def timeouts(settings: Settings) -> Timeouts:
     )
 
 
+def served(settings: Settings, menu: Menu, devices: tuple[Device, ...]) -> tuple[Menu, tuple[Device, ...]]:
+    """What the worker serves of the menu, and on which devices: without pool mode all on the first.
+
+    Raises MenuError when a gang needs more devices than these.
+    """
+    if not settings.pool_mode:
+        return menu.on_one_device(), devices[:1]
+    menu.check_devices(len(devices))
+    return menu, devices
+
+
 def pool(
     settings: Settings,
     menu: Menu,
@@ -85,7 +96,7 @@ def pool(
     prewarm: Sequence[Key],
     known: Mapping[Key, Memory],
 ) -> Pool:
-    """The pool that the settings describe, on `devices`, or on the first of them without pool mode.
+    """The pool that the settings describe, on `devices`; without pool mode on the first of them, with a menu for one.
 
     `known`: what shapes are known to need; `run_dir` is ours alone. Raises OSError when nothing can be made in it.
     """
@@ -114,7 +125,7 @@ def pool(
         keys=menu.keys,
         ahead=prewarm,
         pinned=not settings.pool_mode or not (settings.wanted == "all" or settings.wanted.startswith("top:")),
-        gpus={offer.key: offer.gpus for offer in menu.offers} if settings.pool_mode else {},
+        gpus={offer.key: offer.gpus for offer in menu.offers},
     )
     return Pool(
         host,

@@ -244,7 +244,8 @@ class Book:
             return "dropped"
         ticket.losses += 1
         ticket.faults += lost.jobs_fault and not self._again_there(ticket, process, lost)
-        ticket.riddles += not lost.jobs_fault and lost.reason not in FROM_OUTSIDE
+        if not lost.jobs_fault and lost.reason not in FROM_OUTSIDE:
+            ticket.puzzle(lost.reason, process.id, max([process.id, *self.ledger.reservations]))
         if ticket.faults >= FAULTS:
             self._poison(ticket.job, now)
             self._answer(ticket, lost)

@@ -60,7 +60,9 @@ class Reservation:
     devices: tuple[str, ...]
     phase: Phase
     held: Need
-    """On each device."""
+    """On each device, but for those where it is `loading`."""
+    loading: frozenset[str] = frozenset()
+    """Devices of which, as it was started, nobody knew what the weights leave."""
     hot: bool = False
     """It has made a video: nothing is left to compile."""
     ending: bool = False
@@ -69,6 +71,10 @@ class Reservation:
     """Its job must have the devices to itself."""
     used: int = 0
     """The higher, the more recently it was given a job."""
+
+    def held_on(self, device: str) -> Need:
+        """What it holds there."""
+        return UNKNOWN if device in self.loading else self.held
 
     @property
     def idle(self) -> bool:
@@ -200,20 +206,22 @@ class Ledger:
         if free is None:
             self._budgets[device] = None
         else:
-            held = sum(r.held.least for r in self.reservations.values() if device in r.devices and not r.ending)
+            entries = [r for r in self.reservations.values() if device in r.devices and not r.ending]
+            held = sum(r.held_on(device).least for r in entries)
             self._budgets[device] = max(0, free + held - reserve)
 
     def reserve(self, number: int, key: Key, devices: tuple[str, ...]) -> Reservation:
         """A process will be started on these devices."""
-        loading = any(self._budgets[device] is None for device in devices)
+        loading = frozenset(device for device in devices if self._budgets[device] is None)
         phase = Phase.LOADING if loading else Phase.SPAWNING
-        entry = Reservation(number, key, devices, phase, self.need(key, phase))
+        entry = Reservation(number, key, devices, phase, self.need(key, Phase.SPAWNING), loading)
         self.reservations[number] = entry
         return entry
 
     def enter(self, entry: Reservation, phase: Phase, *, alone: bool = False) -> None:
         """The process is in another phase now; `alone`: with a job that must have the devices to itself."""
         entry.phase = phase
+        entry.loading = frozenset()
         entry.alone = alone
         entry.held = self.need(entry.key, phase)
         if phase in ACTIVE:
@@ -230,18 +238,18 @@ class Ledger:
             device: Room(budget, self._concurrency, self._max_processes) for device, budget in self._budgets.items()
         }
         for entry in self.reservations.values():
-            held, active = entry.held.least, entry.phase in ACTIVE
+            active = entry.phase in ACTIVE
             for device in entry.devices:
-                room = rooms[device]
+                room, held = rooms[device], entry.held_on(device)
                 room.rows += 1
-                room.held += held
+                room.held += held.least
                 room.active += active
-                room.exclusive += entry.held.unknown or entry.alone
+                room.exclusive += held.unknown or entry.alone
                 room.leases -= entry.phase is Phase.GENERATING
                 if room.places is not None:
                     room.places -= 1
                 if entry.ending:
-                    room.ending += held
+                    room.ending += held.least
                     room.ending_rows += 1
         return rooms
 
@@ -256,8 +264,6 @@ class Ledger:
         return need
 
     def _need(self, key: Key, phase: Phase) -> Need:
-        if phase is Phase.LOADING:
-            return UNKNOWN
         known = self._known.get(key) or _NOTHING
         if phase is Phase.IDLE:
             return Need(known.idle)
@@ -309,9 +315,12 @@ class Ledger:
     def ran_out(self, entry: Reservation) -> None:
         """Memory ran out in the process's phase: it takes more than it was thought to, and than there was."""
         known = self._known.setdefault(entry.key, _Known(0))
-        known.raised = int(max(known.peak or 0, known.raised, entry.held.least) * _RAISE)
+        held = max(entry.held_on(device).least for device in entry.devices)
+        known.raised = int(max(known.peak or 0, known.raised, held) * _RAISE)
         for device in entry.devices:
-            others = [r.held.least for r in self.reservations.values() if r is not entry and device in r.devices]
+            others = [
+                r.held_on(device).least for r in self.reservations.values() if r is not entry and device in r.devices
+            ]
             if others and (budget := self._budgets[device]) is not None:
                 known.raised = max(known.raised, budget - sum(others) + 1)
         budgets = [self._budgets[device] or 0 for device in entry.devices]

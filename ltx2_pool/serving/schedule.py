@@ -148,9 +148,8 @@ class _Decision:
             options = {device: self._candidates(job, device) for device in place}
         for device in place:
             self._evict(options[device], device, job)
-        need = self._need(key, place)
         for device in place:
-            self._rooms[device].claim(need, lease=False, alone=job.alone, row=True)
+            self._rooms[device].claim(self._need(key, device), lease=False, alone=job.alone, row=True)
         self._claimed.update(place)
         return False
 
@@ -202,24 +201,17 @@ class _Decision:
 
     def _place(self, key: Key, devices: Sequence[str], alone: bool = False) -> tuple[str, ...]:
         """The devices, of these, on which a process of this key is best started now; empty when there are too few."""
-        count = self._count(key)
-        fit = [device for device in devices if self._fits(key, device, self._need(key, [device]), alone)]
-        best = sorted(fit, key=self._crowd)[:count]
-        if not all(self._fits(key, device, self._need(key, best), alone) for device in best):
-            # It would have to be alone on all of them for the sake of one: without such a one, then.
-            fit = [device for device in fit if self._rooms[device].budget is not None]
-            best = sorted(fit, key=self._crowd)[:count]
-        return tuple(device for device in fit if device in best) if len(best) == count else ()
+        fit = [device for device in devices if self._fits(key, device, alone)]
+        best = sorted(fit, key=self._crowd)[: self._count(key)]
+        return tuple(device for device in fit if device in best) if len(best) == self._count(key) else ()
 
-    def _fits(self, key: Key, device: str, need: Need, alone: bool) -> bool:
+    def _fits(self, key: Key, device: str, alone: bool) -> bool:
         room = self._rooms[device]
-        return room.admits(need, lease=False, alone=alone, row=True) and self._lasts(device, key, ())
+        return room.admits(self._need(key, device), lease=False, alone=alone, row=True) and self._lasts(device, key, ())
 
-    def _need(self, key: Key, devices: Sequence[str]) -> Need:
-        """What a start takes on each of its devices."""
-        if any(self._rooms[device].budget is None for device in devices):
-            return UNKNOWN
-        return self._ledger.need(key, Phase.SPAWNING)
+    def _need(self, key: Key, device: str) -> Need:
+        """What a start takes there."""
+        return UNKNOWN if self._rooms[device].budget is None else self._ledger.need(key, Phase.SPAWNING)
 
     def _crowd(self, device: str) -> tuple[bool, int, int]:
         """How unwelcome one more process is on a device."""
@@ -313,9 +305,8 @@ class _Decision:
                 self._actions.append(Evict(victim, f"{what} {job.key} on {device}"))
 
     def _spawn(self, key: Key, devices: tuple[str, ...], *, warm: bool, why: str) -> None:
-        need = self._need(key, devices)
         for device in devices:
-            self._rooms[device].take(need, lease=False, row=True)
+            self._rooms[device].take(self._need(key, device), lease=False, row=True)
         self._spawned.setdefault(key, set()).update(devices)
         self._actions.append(Spawn(key, devices, warm, why))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ltx2_pool.serving.actions import Waiting
 from ltx2_pool.serving.ledger import Reservation
-from ltx2_pool.words.outcomes import Video
+from ltx2_pool.words.outcomes import Reason, Video
 from ltx2_pool.words.requests import Job
 
 Answer = Video | Exception
@@ -53,11 +53,21 @@ class Ticket(Waiting):
     """Devices that faulted under it."""
     losses: int = 0
     riddles: int = 0
+    puzzled: int = -1
+    """The newest process that there was at the last of these riddles."""
     attempts: int = 0
 
     @property
     def order(self) -> tuple[int, int]:
         return self.turn, self.number
+
+    def puzzle(self, reason: Reason, process: int, newest: int) -> None:
+        """It lost a process that nothing outside explains; `newest` is there now. What this machine has refused to one
+        process it may refuse to all that were there then: copies confined to a directory that is gone are one riddle.
+        """
+        if reason != "system" or process > self.puzzled:
+            self.riddles += 1
+            self.puzzled = newest
 
 
 class Turns:

@@ -1,8 +1,8 @@
 """The real child program over an engine that is made up: a pool can be driven, and broken, without a model.
 
 Run ``python -m ltx2_pool.tools.imaginary [--confined] FD [FD]`` in place of ``ltx2_pool.model.child``, or have a zygote
-fork `serve`. The prompt of a job says how it misbehaves, ``LTX2_IMAGINARY`` how a start does: both are listed in
-:mod:`ltx2_pool.tools.misbehaviour`. With ``--confined`` it is kept out of the other caches as a real child is, and
+fork `serve` or `serve_confined`. The prompt of a job says how it misbehaves, ``LTX2_IMAGINARY`` how a start does: both
+are listed in :mod:`ltx2_pool.tools.misbehaviour`. Confined, it is kept out of the other caches as a real child is, and
 can make no file directly in a directory on the way to them, whatever those lists say.
 
 ``LTX2_IMAGINARY`` is a list such as ``64x64@9f=eof,weights=hang``; ``BEHAVIOUR:once:FILE`` misbehaves only while the
@@ -208,6 +208,11 @@ def serve(connection_fd: int, *others: int, confined: bool = False) -> None:
 
     child.ShapeServer._start = misbehaving  # type: ignore[method-assign, assignment]
     child.serve(connection_fd, *others)
+
+
+def serve_confined(connection_fd: int, *others: int) -> None:
+    """As the child's; for a zygote that forks it."""
+    serve(connection_fd, *others, confined=True)
 
 
 def main() -> NoReturn:

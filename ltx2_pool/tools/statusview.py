@@ -72,7 +72,7 @@ def show(status: dict[str, Any], console: Console) -> None:
                 key if number == 0 else "",
                 f"[{_COLOURS.get(state, 'dim')}]{state}[/]",
                 ", ".join(str(devices.index(each)) for each in process.get("devices", ())),
-                str(process["pid"]) if process else "",
+                ", ".join(map(str, process["pids"])) if process else "",
                 f"{process['age_s']:.0f} s" if process else "",
                 str(process["jobs_done"]) if process else "",
                 str(waiting.get(key, 0) or "") if number == 0 else "",

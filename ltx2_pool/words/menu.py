@@ -70,7 +70,7 @@ class Menu:
     max_guidance: float = 1.0
     """Above 1, a client chooses the guidance: from 1 to this."""
     as_written: tuple[Offer, ...] = ()
-    """The offers as the file has them, where the checkpoint cannot do all of that; empty when it can."""
+    """The offers as the file has them, where the checkpoint or the worker cannot do all of that; empty when it can."""
 
     @classmethod
     def of(cls, model: str, shapes: Iterable[Shape]) -> Menu:
@@ -113,6 +113,11 @@ class Menu:
         """What is offered under a model name: the menu's own, for any name that no variant has."""
         variant = model if model in self.models[1:] else ""
         return replace(self, offers=tuple(offer for offer in self.offers if offer.variant == variant))
+
+    def on_one_device(self) -> Menu:
+        """The same videos, each made on one device: not the same bytes where a gang would make them."""
+        alone = tuple(replace(offer, gpus=1) for offer in self.offers)
+        return replace(self, offers=alone, as_written=self.as_written or self.offers)
 
     def offer(self, key: Key) -> Offer:
         """The entry with that key. Raises KeyError."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from ltx2_pool.processes.gang import Gang
@@ -59,3 +61,13 @@ async def test_every_job_of_a_gang_is_answered_whichever_rank_is_killed(tmp_path
         assert len({video.path for video in videos}) == len(jobs)
     finally:
         await pool.close()
+
+
+def test_a_little_chaos() -> None:
+    """`benchmark.py chaos --devices 2` with gangs; 1,000 jobs take minutes."""
+    command = [sys.executable, "-m", "ltx2_pool.programs.benchmark", "chaos"]
+    options = ["--devices", "2", "--jobs", "40", "--fault-rate", "0.5", "--seed", "2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "of gangs" in done.stdout
+    assert "a rank of a gang is killed" in done.stdout

@@ -20,7 +20,7 @@ from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.outcomes import JobFailed, NoRoom, ProcessLost
 from ltx2_pool.words.pictures import Picture
 from ltx2_pool.words.protocol import Memory
-from tests.children import Gate
+from tests.children import Gate, until
 
 from .conftest import KEY, QUICK, SHAPE, Events, job, nothing, soon, warm_up
 
@@ -164,6 +164,49 @@ async def test_a_fault_of_one_rank_is_the_gangs(make_host: MakeHost, prompt: str
             await soon(place.make(gang, f"rank 1: {prompt} | until cancelled"))
         assert caught.value.reason == reason
         assert caught.value.devices == FOUR[1:2]
+        await all_gone(gang)
+
+
+@pytest.mark.parametrize("suffers", ["says so", "aborts"])
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "killed"), (signal.SIGSEGV, "gen_eof")])
+async def test_a_rank_that_suffers_from_the_end_of_another_may_be_noticed_first(
+    make_host: MakeHost, monkeypatch: pytest.MonkeyPatch, suffers: str, number: int, reason: str
+) -> None:
+    """An exchange with a rank that dies fails before that is gone: with an error of the device, or torch's watchdog."""
+    monkeypatch.setattr("ltx2_pool.processes.gang._LAST_WORDS", 60.0)
+    async with a_gang(make_host) as place:
+        gang = await ready(place)
+        events = Events()
+        prompt = "rank 0: fatal | until cancelled" if suffers == "says so" else "until cancelled"
+        making = asyncio.create_task(gang.generate(job(prompt), place.output(), events))
+        await until(lambda: "denoise" in events.phases)
+        if suffers == "aborts":
+            os.kill(pids(gang)[0], signal.SIGABRT)
+        await until(lambda: not gang.ranks[0].alive)
+        os.kill(pids(gang)[1], number)
+        with pytest.raises(ProcessLost, match="rank 1 of 2: ") as caught:
+            await soon(making)
+        assert (caught.value.reason, caught.value.devices) == (reason, FOUR[1:2])
+        await all_gone(gang)
+
+
+async def test_a_rank_whose_start_fails_for_want_of_another_is_not_to_blame(
+    make_host: MakeHost, starts: Callable[[str], None], gate: Callable[[], Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shape was: three such starts made it unavailable."""
+    monkeypatch.setattr("ltx2_pool.processes.gang._LAST_WORDS", 60.0)
+    door = gate()
+    starts(f"{KEY} on cpu:0=broken,{KEY} on cpu:1=gate{door.path}")
+    async with a_gang(make_host) as place:
+        gang = place.host.process(KEY, FOUR[:2])
+        starting = asyncio.create_task(place.host.start_process(gang))
+        waits = await door.wait_for_child()
+        await until(lambda: not gang.ranks[0].alive)
+        os.kill(pids(gang)[1], signal.SIGKILL)
+        os.close(waits)
+        with pytest.raises(ProcessLost, match="rank 1 of 2: ") as caught:
+            await soon(starting)
+        assert caught.value.reason == "killed"
         await all_gone(gang)
 
 

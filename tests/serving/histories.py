@@ -296,7 +296,7 @@ class World:
                     rows += 1
                     leases += phase is Phase.GENERATING
                     active += works
-                    unknown += process.held.unknown
+                    unknown += process.held_on(device).unknown
                     ticket = self.book.running.get(process.id)
                     alone = alone or (ticket is not None and ticket.alone and phase is not Phase.ENCODING)
                     used += self.true[process.key][works]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+from ltx2_pool.caches import manifest
 from ltx2_pool.serving import assembly
 from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.tools import plan
@@ -43,6 +45,16 @@ def test_each_device_has_a_row_and_gangs_are_known(tmp_path):
     pool = assembly.pool(settings, menu, devices, tmp_path, metrics, [], {})
     assert list(pool.status()["devices"]) == ["cpu:0", "cpu:1"]
     assert pool._book.gpus == {menu.keys[0]: 1, menu.keys[1]: 2}
-    alone = assembly.pool(settings.model_copy(update={"pool_mode": False}), menu, devices, tmp_path, metrics, [], {})
-    assert list(alone.status()["devices"]) == ["cpu:0"]
-    assert alone._book.gpus == {}
+
+
+def test_without_pool_mode_nothing_is_made_by_a_gang_and_nothing_says_so(tmp_path):
+    """The digest of a recipe did: two workers had one for different bytes."""
+    (tmp_path / "model_index.json").write_text("{}")
+    offer = Offer(Shape(64, 64, 17), gpus=2)
+    devices = tuple(Device(f"cpu:{n}", "cpu", "x86_64") for n in range(2))
+    settings = Settings(model=tmp_path, shapes=TINY_MENU, cache_root=tmp_path / "cache", pool_mode=False)
+    menu, used = assembly.served(settings, Menu("m", (offer,)), devices)
+    pool = assembly.pool(settings, menu, used, tmp_path, Metrics([str(offer.key)], [CPU.id]), [], {})
+    assert list(pool.status()["devices"]) == ["cpu:0"]
+    digests = [manifest.recipe_digest(settings.recipe, each, CPU) for each in (offer, *menu.offers)]
+    assert digests[0] != digests[1] == manifest.recipe_digest(settings.recipe, replace(offer, gpus=1), CPU)

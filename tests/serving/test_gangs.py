@@ -110,7 +110,7 @@ def test_a_gang_waits_for_what_works_and_for_its_own_start_and_no_longer():
 def test_a_gang_that_claims_nothing_waits_for_ever(monkeypatch):
     """The devices that it needs are then never free together."""
     source = Path(schedule.__file__).read_text()
-    claim = "self._rooms[device].claim(need, lease=False, alone=job.alone, row=True)"
+    claim = "self._rooms[device].claim(self._need(key, device), lease=False, alone=job.alone, row=True)"
     assert claim in source
     module = types.ModuleType("mutant")
     monkeypatch.setitem(sys.modules, "mutant", module)
@@ -299,3 +299,41 @@ def test_a_budget_is_found_out_where_nothing_moves():
     assert ledger.still("d0")
     starting.ending = True
     assert not ledger.still("d0")
+
+
+def test_copies_that_may_not_write_to_the_directory_that_was_made_again_are_one_riddle():
+    """They are all confined to the one that was there before; a process that is started now is not."""
+    devices = [f"d{number}" for number in range(8)]
+    asked = book(*devices)
+    admit(asked, A)
+    for number, device in enumerate(devices[:6]):
+        asked.ready(asked.ledger.reserve(number, A, (device,)), MEMORY, 1.0)
+    charges = []
+    for number in range(8):
+        if number >= 6:
+            asked.ready(asked.ledger.reserve(number, A, (devices[number],)), MEMORY, 1.0)
+        (start,) = [action for action in asked.next_actions(1.0) if isinstance(action, Start)]
+        if number == 7:  # what was there is gone before the job is told, and nothing else is left
+            asked.gone(start.process)
+        charges.append(asked.lost(start.process, ProcessLost("p", "system", "may not write"), 1.0))
+        asked.gone(start.process)
+    assert charges == ["retry"] * 7 + ["failed"]
+
+
+def test_a_hot_shape_flows_on_while_another_device_of_a_gang_loads_its_weights():
+    """The gang's start had both devices to itself, for as long as the one of them loaded."""
+    ledger = Ledger({"d0": 100, "d1": None})
+    for key in (A, GANG):
+        ledger.observe(key, MEMORY)
+    asked = Book(ledger, Limits(), [A, GANG], gpus={GANG: 2})
+    hot = ledger.reserve(100, A, ("d0",))
+    asked.ready(hot, MEMORY, 1.0)
+    admit(asked, GANG)
+    (begin,) = [action for action in asked.next_actions(1.0) if isinstance(action, Begin)]
+    assert begin.process.devices == ("d0", "d1")
+    admit(asked, A)
+    (start,) = [action for action in asked.next_actions(1.0) if isinstance(action, Start)]
+    assert start.process is hot
+    rows = ledger.describe()["devices"]
+    assert (rows["d0"]["exclusive"], rows["d1"]["exclusive"]) == (0, 1)
+    assert rows["d0"]["held"] == 2 * MEMORY.peak

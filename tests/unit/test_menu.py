@@ -397,3 +397,11 @@ def test_a_gang_divides_the_checkpoints_heads_as_well(tmp_path, gpus, said):
     (tmp_path / "menu.yaml").write_text(f"model: m\nshapes: [{{shape: 96x96@9, gpus: {gpus}}}]\n")
     with pytest.raises(MenuError, match=said):
         Menu.load(tmp_path / "menu.yaml", replace(DISTILLED, heads=32))
+
+
+def test_a_menu_on_one_device_has_no_gangs_and_its_own_hash(tmp_path):
+    menu = load(tmp_path, "model: m\nshapes: [{shape: 64x64@9, gpus: 2}, 96x64@17]\n")
+    assert [offer.gpus for offer in menu.offers] == [2, 1]
+    alone = menu.on_one_device()
+    assert alone.offers == (Offer(SMALL), Offer(Shape(96, 64, 17)))
+    assert alone.hash == menu.hash != Menu.of("m", menu.shapes).hash

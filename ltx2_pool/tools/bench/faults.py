@@ -10,15 +10,17 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
+from ltx2_pool.processes.zygote import ZygoteSpawner
 from ltx2_pool.serving import files
 from ltx2_pool.serving.pool import Pool
 
+_T = TypeVar("_T")
 STEP = 0.002
 """Seconds between two looks at the pool."""
 
@@ -46,19 +48,48 @@ class Target:
     videos: Path
     """Where the pool keeps videos, below `run_dir`."""
     pick: Callable[[], float]
+    struck: set[int] = field(default_factory=set)
+    """Processes that were harmed: of a gang, all."""
+    spared: dict[str, int] = field(default_factory=dict)
+    """Jobs that the last fault must not harm, by the processes that make them: others."""
 
-    def pids(self, *states: str) -> list[int]:
-        """Shape processes in one of these states; in any without."""
-        processes = self.pool.status()["processes"]
-        return [p["pid"] for p in processes if p["pid"] and (not states or p["state"] in states)]
+    def strike(self, number: int, *states: str, ranks: bool = False) -> bool:
+        """Send that signal to a shape process in one of these states, in any without: to one that makes videos alone,
+        or to any rank of a gang. Whether there was one.
+        """
+        processes = [p for p in self.pool.status()["processes"] if not states or p["state"] in states]
+        pids = [pid for p in processes for pid in p["pids"] if pid and (len(p["pids"]) > 1) is ranks]
+        if not pids:
+            return False
+        pid = self.one(pids)
+        self._spare(lambda process: pid not in process["pids"])
+        return _signal(pid, number)
 
-    def one(self, pids: list[int]) -> int | None:
-        return pids[int(self.pick() * len(pids))] if pids else None
+    def strike_helper(self, kind: str) -> str | None:
+        """Kill a helper of that kind, and return its name; None: there was none."""
+        helpers = self.pool.status()["helpers"]
+        names = [name for name, pid in helpers.items() if pid and name.startswith(kind)]
+        if not names:
+            return None
+        name = self.one(names)
+        device = name.removeprefix("weights ")  # one device: all borrow
+        self._spare(lambda process: not (name == "weights" or device in process["devices"]))
+        return name if _signal(helpers[name], signal.SIGKILL) else None
+
+    def one(self, things: Sequence[_T]) -> _T:
+        """One of these, at random."""
+        return things[int(self.pick() * len(things))]
+
+    def _spare(self, whether: Callable[[dict[str, Any]], bool]) -> None:
+        self.spared.clear()
+        for process in self.pool.status()["processes"]:
+            if not whether(process):
+                self.struck.update(process["pids"])
+            elif process["job"] and self.struck.isdisjoint(process["pids"]):
+                self.spared[process["job"]] = process["pid"]
 
 
-def _signal(pid: int | None, number: int) -> bool:
-    if pid is None:
-        return False
+def _signal(pid: int, number: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
         return True
@@ -67,24 +98,44 @@ def _signal(pid: int | None, number: int) -> bool:
 
 @contextlib.contextmanager
 def kill_a_process(target: Target) -> Iterator[bool]:
-    yield _signal(target.one(target.pids()), signal.SIGKILL)
+    yield target.strike(signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def kill_while_encoding(target: Target) -> Iterator[bool]:
-    yield _signal(target.one(target.pids("encoding")), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def kill_a_helper(target: Target) -> Iterator[bool]:
-    helpers = target.pool.status()["helpers"]
-    yield _signal(target.one([pid for pid in helpers.values() if pid]), signal.SIGKILL)
+    yield target.strike(signal.SIGKILL, "encoding")
 
 
 @contextlib.contextmanager
 def stop_a_process(target: Target) -> Iterator[bool]:
     """It is not continued: whoever waits for it has to notice."""
-    yield _signal(target.one(target.pids()), signal.SIGSTOP)
+    yield target.strike(signal.SIGSTOP)
+
+
+@contextlib.contextmanager
+def kill_a_rank(target: Target) -> Iterator[bool]:
+    yield target.strike(signal.SIGKILL, ranks=True)
+
+
+@contextlib.contextmanager
+def kill_a_rank_while_encoding(target: Target) -> Iterator[bool]:
+    """One that has nothing to do then, or rank 0."""
+    yield target.strike(signal.SIGKILL, "encoding", ranks=True)
+
+
+@contextlib.contextmanager
+def kill_a_rank_as_it_starts(target: Target) -> Iterator[bool]:
+    yield target.strike(signal.SIGKILL, "loading", "spawning", ranks=True)
+
+
+@contextlib.contextmanager
+def stop_a_rank(target: Target) -> Iterator[bool]:
+    yield target.strike(signal.SIGSTOP, ranks=True)
+
+
+def kill_a_helper(kind: str) -> Callable[[Target], contextlib.AbstractContextManager[bool]]:
+    """Of that kind."""
+    return lambda target: contextlib.nullcontext(target.strike_helper(kind) is not None)
 
 
 @contextlib.contextmanager
@@ -107,7 +158,10 @@ def no_processes(target: Target) -> Iterator[bool]:
     def refuse(*_: Any, **__: Any) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    with mock.patch.object(subprocess, "Popen", refuse):
+    async def refuse_a_fork(*_: Any, **__: Any) -> None:
+        refuse()
+
+    with mock.patch.object(subprocess, "Popen", refuse), mock.patch.object(ZygoteSpawner, "launch", refuse_a_fork):
         yield True
 
 
@@ -155,12 +209,13 @@ def directory_read_only(target: Target) -> Iterator[bool]:
 @contextlib.contextmanager
 def weights_do_not_start(target: Target) -> Iterator[bool]:
     """The weights process of a device dies, and its successors do not come up."""
-    helpers = target.pool.status()["helpers"]
-    names = [name for name in helpers if name.startswith("weights")]
-    name = names[int(target.pick() * len(names))]
+    name = target.strike_helper("weights")
+    if name is None:
+        yield False
+        return
     os.environ["LTX2_IMAGINARY"] = f"{name.replace(' ', ' on ')}=eof"
     try:
-        yield _signal(helpers[name], signal.SIGKILL)
+        yield True
     finally:
         del os.environ["LTX2_IMAGINARY"]
 
@@ -168,8 +223,16 @@ def weights_do_not_start(target: Target) -> Iterator[bool]:
 OF_PROCESSES = (
     Fault("a shape process is killed", kill_a_process, 20),
     Fault("one is killed while it encodes", kill_while_encoding, 4),
-    Fault("a helper is killed", kill_a_helper, 2),
+    Fault("a weights process is killed", kill_a_helper("weights"), 2),
+    Fault("the zygote is killed", kill_a_helper("zygote"), 2),
+    Fault("the guard is killed", kill_a_helper("guard"), 1),
     Fault("a shape process is stopped", stop_a_process, 2),
+)
+OF_GANGS = (
+    Fault("a rank of a gang is killed", kill_a_rank, 12),
+    Fault("a rank is killed while the gang starts", kill_a_rank_as_it_starts, 6),
+    Fault("a rank is killed while the gang encodes", kill_a_rank_while_encoding, 4),
+    Fault("a rank of a gang is stopped", stop_a_rank, 2),
 )
 OF_THE_MACHINE = (
     Fault("no descriptors (EMFILE)", no_descriptors, 3, 0.2, of_files=True),
