@@ -289,8 +289,7 @@ class Book:
 
         `helpers`: devices on which what all starts need does not start.
         """
-        pauses = ((key, starts.pause(now)) for key, starts in self.starts.items())
-        paused = {key: pause for key, pause in pauses if pause is not None}
+        paused = {key: pause for key, starts in self.starts.items() if (pause := starts.pause(now)) is not None}
         ahead: Sequence[Key] = () if self.closing else self._ahead
         most_ahead: int | None = len(self.ahead)
         self.devices.helpless = frozenset(helpers)
