@@ -61,6 +61,10 @@ class Outcome:
     plan: Plan
     waits: array[float] = field(default_factory=lambda: array("d"))
     """Of each video: seconds from the request to its end, less what it takes alone and hot."""
+    took: array[float] = field(default_factory=lambda: array("d"))
+    """The same in all."""
+    ended: float = 0.0
+    """When the last video was there, in seconds from the first moment that counts."""
     hot: int = 0
     """Videos made in a process that had made one before."""
     spawns: int = 0
@@ -261,7 +265,10 @@ class _World:
             if isinstance(answer, Exception):
                 self.outcome.refused += 1
             else:
-                self.outcome.waits.append(max(0.0, self._clock.now - request.since - self._alone(key)))
+                self.outcome.ended = self._clock.now - HEAD_START
+                took = self._clock.now - request.since
+                self.outcome.took.append(took)
+                self.outcome.waits.append(max(0.0, took - self._alone(key)))
             if number == self._draining and not mine:
                 self._clock.after(0.0, self._drained, number)
 

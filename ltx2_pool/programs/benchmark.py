@@ -23,7 +23,6 @@ from ltx2_pool.words import device
 from ltx2_pool.words.extras import extra
 from ltx2_pool.words.menu import Menu, MenuError
 from ltx2_pool.words.outcomes import ProcessLost
-from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import Shape
 
 with extra("tools"):
@@ -33,7 +32,7 @@ with extra("tools"):
     from rich.table import Table
 
     from ltx2_pool.tools import stack, terminal
-    from ltx2_pool.tools.bench import advice, compare, hostile, image, load, options, rivals, stock
+    from ltx2_pool.tools.bench import advice, compare, fleetcommands, hostile, image, load, options, rivals, stock
     from ltx2_pool.tools.bench.client import Client, JobsClient, Watch
     from ltx2_pool.tools.bench.results import Level, Result
 
@@ -53,7 +52,9 @@ def main() -> int:
         "kinds": _kinds,
         "pictures": _pictures,
         "polling": _polling,
-        "fleet": _fleet,
+        "fleet": fleetcommands.simulate,
+        "calibrate": fleetcommands.calibrate,
+        "overhead": fleetcommands.overhead,
         "menu-report": _menu_report,
     }
     arguments = options.parser(PROGRAM, __doc__ or "", commands).parse_args()
@@ -73,30 +74,17 @@ def main() -> int:
         return 130
 
 
-def _recipe(arguments: argparse.Namespace, console: Console) -> Recipe:
-    if arguments.model is None:
-        with console.status("writing the tiny checkpoint"):
-            arguments.model = stack.checkpoint(arguments.work)
-    return Recipe(model_path=str(arguments.model.resolve()))
-
-
-def _cache_root(arguments: argparse.Namespace) -> Path:
-    root: Path = arguments.cache_root or arguments.work / "cache"
-    return root
-
-
 @contextlib.contextmanager
 def _frontend(arguments: argparse.Namespace, console: Console, **settings: str) -> Iterator[tuple[str, str | None]]:
     """URLs of the frontend and of the worker's system port: those that were given, or of a stack of our own."""
     if arguments.url is not None:
         yield arguments.url, arguments.status_url
         return
-    model = Path(_recipe(arguments, console).model_path)
+    model, root = Path(options.recipe(arguments, console).model_path), options.cache_root(arguments)
     with tempfile.TemporaryDirectory(prefix="ltx2-benchmark-") as logs, contextlib.ExitStack() as cleanup:
         with console.status("starting the frontend and the worker (the first time, every shape compiles)"):
-            running = cleanup.enter_context(
-                stack.Stack(Path(logs), model, arguments.shapes, _cache_root(arguments), LTX2_POOL_MODE="1", **settings)
-            )
+            running = stack.Stack(Path(logs), model, arguments.shapes, root, LTX2_POOL_MODE="1", **settings)
+            cleanup.enter_context(running)
         url = f"http://127.0.0.1:{running.http_port}"
         if getattr(arguments, "jobs_api", False):
             url = running.start_gateway(Path(logs) / "gateway", "--shapes", str(arguments.shapes))
@@ -205,10 +193,10 @@ def _compare(arguments: argparse.Namespace, console: Console) -> int:
     if len(menu.shapes) < 3:
         print(f"{PROGRAM}: {arguments.shapes} needs three shapes to compare with", file=sys.stderr)
         return 2
-    model = Path(_recipe(arguments, console).model_path)
+    model = Path(options.recipe(arguments, console).model_path)
     with console.status("") as status:
         repeat = arguments.repeat or 20
-        result = compare.run(model, arguments.shapes, menu, _cache_root(arguments), repeat, status.update)
+        result = compare.run(model, arguments.shapes, menu, options.cache_root(arguments), repeat, status.update)
     compare.show(result, console, arguments.out)
     return 0
 
@@ -221,13 +209,13 @@ def _compare_stock(arguments: argparse.Namespace, menu: Menu, console: Console) 
     out = arguments.out or Path("compare-out")
     out.mkdir(parents=True, exist_ok=True)
     shapes = list(dict.fromkeys(arguments.shape or menu.shapes[:1]))
-    recipe = _recipe(arguments, console)
+    recipe = options.recipe(arguments, console)
     videos = rivals.Videos(
         recipe,
         shapes,
         arguments.steps or menu.steps,
         arguments.repeat or 5,
-        _cache_root(arguments) / "compare-stock",
+        options.cache_root(arguments) / "compare-stock",
     )
     with console.status("") as status:
         result = stock.run(videos, ways, status.update)
@@ -243,28 +231,12 @@ def _menu_report(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _fleet(arguments: argparse.Namespace, console: Console) -> int:
-    from ltx2_pool.tools.bench import fleet
-
-    try:
-        question = fleet.ask(arguments)
-    except ValueError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    with console.status(f"simulating {arguments.workers} workers for {arguments.duration / 3600:g} h"):
-        outcomes = fleet.run(question)
-    fleet.show(outcomes, console)
-    for path in fleet.write(outcomes, question, arguments.out):
-        console.print(f"wrote {path}")
-    return 0
-
-
 def _spawn(arguments: argparse.Namespace, console: Console) -> int:
     from ltx2_pool.tools.bench import spawn
 
     menu = Menu.load(arguments.shapes)
-    recipe = _recipe(arguments, console)
-    results = uvloop.run(spawn.run(recipe, menu.shapes[0], _cache_root(arguments), arguments.repeat, console))
+    recipe = options.recipe(arguments, console)
+    results = uvloop.run(spawn.run(recipe, menu.shapes[0], options.cache_root(arguments), arguments.repeat, console))
     spawn.show(results, console, arguments.out)
     ratio = results["ways"]["zygote, shared weights"]["ratio"]
     if arguments.max_ratio is not None and ratio > arguments.max_ratio:
@@ -288,7 +260,12 @@ def _chaos_of_gateways(arguments: argparse.Namespace, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as work, Progress(console=console) as progress:
         bar = progress.add_task("jobs", total=arguments.jobs)
         record = jobschaos.run(
-            Path(work), arguments.jobs, arguments.seed, arguments.postgresql, lambda: progress.advance(bar)
+            Path(work),
+            arguments.jobs,
+            arguments.seed,
+            arguments.postgresql,
+            arguments.routers,
+            lambda: progress.advance(bar),
         )
     jobschaos.show(record, console)
     return 1 if record.problems else 0
@@ -309,7 +286,9 @@ def _chaos(arguments: argparse.Namespace, console: Console) -> int:
         run_dir = Path(directory)
         devices = worlds.devices(arguments.devices, real=arguments.real)
         if arguments.real:
-            pool = worlds.real(_recipe(arguments, console), menu, _cache_root(arguments), run_dir, devices)
+            pool = worlds.real(
+                options.recipe(arguments, console), menu, options.cache_root(arguments), run_dir, devices
+            )
         else:
             pool = worlds.imaginary(menu, run_dir, devices)
             kinds = (*kinds, *faults.OF_HELPERS)
@@ -330,7 +309,7 @@ def _fuzz(arguments: argparse.Namespace, console: Console) -> int:
         from ltx2_pool.tools.bench import fuzz
 
     menu = Menu.load(arguments.shapes)
-    model = Path(_recipe(arguments, console).model_path)
+    model = Path(options.recipe(arguments, console).model_path)
     with contextlib.ExitStack() as cleanup:
         running = cleanup.enter_context(_all_hot(arguments, console, model, len(menu.offers)))
         progress = cleanup.enter_context(Progress(console=console))
@@ -364,7 +343,7 @@ def _kinds(arguments: argparse.Namespace, console: Console) -> int:
 def _pictures(arguments: argparse.Namespace, console: Console) -> int:
     from ltx2_pool.tools.bench import pictures
 
-    model = Path(_recipe(arguments, console).model_path)
+    model = Path(options.recipe(arguments, console).model_path)
     with contextlib.ExitStack() as cleanup:
         offers = len(Menu.load(arguments.shapes).offers)
         running = cleanup.enter_context(_all_hot(arguments, console, model, offers, LTX2_IMAGE_HOSTS=hostile.LISTED))
@@ -390,7 +369,7 @@ def _all_hot(
     with tempfile.TemporaryDirectory(prefix="ltx2-hot-") as logs, contextlib.ExitStack() as cleanup:
         with console.status("starting the frontend and the worker, every shape hot"):
             settings = {"LTX2_POOL_MODE": "1", "LTX2_POOL_READY_MIN": str(offers), **settings}
-            running = stack.Stack(Path(logs), model, arguments.shapes, _cache_root(arguments), **settings)
+            running = stack.Stack(Path(logs), model, arguments.shapes, options.cache_root(arguments), **settings)
             cleanup.enter_context(running)
         yield running
 

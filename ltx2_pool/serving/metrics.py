@@ -43,6 +43,11 @@ class Metrics:
             "shape_key",
             "status",
         )
+        self.cold = self._counter(
+            "ltx2_pool_cold_video_total",
+            "Videos whose process was started for them: no hot one was to be had",
+            "shape_key",
+        )
         self.latency = self._histogram(
             "ltx2_pool_request_latency_seconds",
             "Admission to video, of jobs that got one",
@@ -99,7 +104,7 @@ class Metrics:
         self.able = self._gauge("ltx2_pool_able", "1 while some video can be made: what the worker's health says")
         self._shape_keys = tuple(shape_keys)
         for key in shape_keys:
-            for counter in (self.spawns, self.evictions, self.retries, self.cancellations):
+            for counter in (self.spawns, self.evictions, self.cold, self.retries, self.cancellations):
                 counter.labels(key)
             for histogram in (self.latency, self.cold_spawn):
                 histogram.labels(key)

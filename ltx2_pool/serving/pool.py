@@ -336,7 +336,7 @@ class Pool:
             seconds = (encoding_began or time.monotonic()) - began
             video = Video(output, done.sample_rate, {"queue": queued, **done.phases})
             delivered = self._book.done(entry, done.memory, video, seconds)
-            self._report.remember_memory(handle)
+            self._report.made(handle, hot=lease)
         except (JobFailed, NoRoom) as failed:
             self._book.failed(entry, failed)
         except ProcessLost as lost:

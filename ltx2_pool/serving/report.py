@@ -77,6 +77,12 @@ class Report:
             metrics.start_phase.labels(phase).observe(part)
         self.remember_memory(process)
 
+    def made(self, process: Process, *, hot: bool) -> None:
+        """A process made a video; `hot`: it was there before the video's request had it started."""
+        if not hot:
+            self.metrics.cold.labels(str(process.key)).inc()
+        self.remember_memory(process)
+
     def remember_memory(self, process: Process) -> None:
         """The process said what it holds."""
         if process.memory is not None:

@@ -184,8 +184,8 @@ class Stack:
         wanted = Menu.load(Path(self._environment["LTX2_SHAPES"])).model
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            for name, process in (("frontend", self.frontend), ("worker", self.worker)):
-                if process is not None and process.poll() is not None:
+            for name, process in self._parts().items():
+                if process.poll() is not None:
                     raise StackError(f"the {name} ended with status {process.returncode}\n{self.log_tail(name)}")
             with contextlib.suppress(httpx.TransportError):
                 listed = [model["id"] for model in self.client.get("/v1/models").json().get("data", [])]
@@ -193,7 +193,13 @@ class Stack:
                     self.model_name = wanted
                     return wanted
             time.sleep(_POLL)
-        raise StackError(f"no model was registered within {timeout:g} s\n{self.log_tail('worker')}")
+        tails = "\n".join(self.log_tail(name) for name in self._parts() if name != "frontend")
+        raise StackError(f"no model was registered within {timeout:g} s\n{tails}")
+
+    def _parts(self) -> dict[str, subprocess.Popen[bytes]]:
+        """What must run, by the name of its log."""
+        parts = {"frontend": self.frontend, "worker": self.worker}
+        return {name: process for name, process in parts.items() if process is not None}
 
     def create(self, prompt: str = "a red fox in the snow", **fields: Any) -> httpx.Response:
         """POST /v1/videos; `fields` are the request's, nvext's are given as ``nvext={...}``."""
@@ -210,9 +216,7 @@ class Stack:
 
     def status(self) -> dict[str, Any]:
         """What the worker says of its pool."""
-        answer = httpx.get(f"http://127.0.0.1:{self.system_port}/engine/video/status", timeout=10)
-        status: dict[str, Any] = answer.raise_for_status().json()
-        return status
+        return status_at(self.system_port)
 
     def log(self, name: str) -> str:
         """All that the frontend or the worker has printed."""
@@ -224,22 +228,29 @@ class Stack:
 
     def stop_worker(self, timeout: float = 60) -> int:
         """SIGTERM, then SIGKILL after the timeout; returns the exit status."""
-        return _stop(self.worker, timeout)
+        return stop(self.worker, timeout)
 
     def stop_gateways(self, timeout: float = 90) -> list[int]:
         """SIGTERM, then SIGKILL after the timeout; returns the exit statuses."""
-        return [_stop(gateway, timeout) for gateway in self.gateways.values()]
+        return [stop(gateway, timeout) for gateway in self.gateways.values()]
 
     def close(self) -> None:
         """Stop everything that was started."""
         self.stop_gateways()
-        _stop(self.worker, 60)
-        _stop(self.frontend, 20)
+        stop(self.worker, 60)
+        stop(self.frontend, 20)
         self.client.close()
         for process in (self.worker, self.frontend, *self.gateways.values()):
             if process is not None:
                 self._guard.forget(process.pid)
         self._guard.close()
+
+
+def status_at(port: int) -> dict[str, Any]:
+    """What the worker with that system port says of its pool. Raises HTTPError."""
+    answer = httpx.get(f"http://127.0.0.1:{port}/engine/video/status", timeout=10)
+    status: dict[str, Any] = answer.raise_for_status().json()
+    return status
 
 
 def await_answer(url: str, process: subprocess.Popen[bytes], log: Callable[[], str], timeout: float = 60) -> None:
@@ -255,7 +266,8 @@ def await_answer(url: str, process: subprocess.Popen[bytes], log: Callable[[], s
     raise StackError(f"{url} did not answer within {timeout:g} s\n{log()}")
 
 
-def _stop(process: subprocess.Popen[bytes] | None, timeout: float) -> int:
+def stop(process: subprocess.Popen[bytes] | None, timeout: float) -> int:
+    """SIGTERM, then SIGKILL after the timeout; returns the exit status."""
     if process is None:
         return 0
     if process.poll() is None:

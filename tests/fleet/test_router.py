@@ -14,13 +14,13 @@ import pytest
 
 from ltx2_pool.tools.stack import TINY_MENU
 from ltx2_pool.words.menu import Menu
-from tests.fleet.conftest import FleetStack, wait
+from tests.fleet.conftest import MadeUpFleet, wait
 from tests.serving.made_up import CONTENT, STATUSES
 
 SHAPES = Menu.load(TINY_MENU).shapes
 
 
-def ask(stack: FleetStack, number: int = 0, prompt: str = "fine") -> httpx.Response:
+def ask(stack: MadeUpFleet, number: int = 0, prompt: str = "fine") -> httpx.Response:
     shape = SHAPES[number]
     return stack.create(prompt, size=shape.size, nvext={"num_frames": shape.num_frames})
 
@@ -60,8 +60,8 @@ def test_a_client_that_leaves_stops_its_job(fleet):
     ):
         lines = response.iter_lines()  # which closes the connection when it is forgotten
         next(lines)
-        wait(lambda: sum(fleet.of(number)["running"] for number in range(3)) == 1)
-    wait(lambda: sum(fleet.of(number)["running"] for number in range(3)) == 0)
+        wait(lambda: sum(fleet.status_of(number)["running"] for number in range(3)) == 1)
+    wait(lambda: sum(fleet.status_of(number)["running"] for number in range(3)) == 0)
 
 
 def test_three_shapes_on_three_workers_with_a_place_each_are_hot(fleet):
@@ -70,18 +70,18 @@ def test_three_shapes_on_three_workers_with_a_place_each_are_hot(fleet):
     asked = chance.choices(range(3), weights=(1, 1 / 2, 1 / 3), k=300)
     for shape in range(3):
         ask(fleet, shape)
-    before = sum(fleet.of(number)["cold"] for number in range(3))
+    before = sum(fleet.status_of(number)["cold"] for number in range(3))
     assert {ask(fleet, shape).status_code for shape in asked} == {200}
-    cold = sum(fleet.of(number)["cold"] for number in range(3)) - before
+    cold = sum(fleet.status_of(number)["cold"] for number in range(3)) - before
     assert cold <= 15
 
 
 def test_a_router_that_ends_drains_and_the_other_one_takes_over(fleet):
     with ThreadPoolExecutor(4) as pool:
         held = pool.submit(ask, fleet, 0, "hold")
-        wait(lambda: sum(fleet.of(number)["running"] for number in range(3)) == 1)
+        wait(lambda: sum(fleet.status_of(number)["running"] for number in range(3)) == 1)
         fleet.routers[0].send_signal(signal.SIGTERM)
-        wait(lambda: "leaving" in fleet.log("router"))
+        wait(lambda: "leaving" in fleet.log("router0"))
         # The frontend gives up what it sends to an instance in the moment in which that leaves discovery.
         statuses = sorted(ask(fleet, number % 3).status_code for number in range(20))
         assert statuses in ([200] * 20, [200] * 19 + [503])
@@ -100,13 +100,13 @@ def test_kill_9_of_a_worker_under_load_loses_no_request(fleet):
     with ThreadPoolExecutor(12) as pool:
         held = [pool.submit(ask, fleet, number % 3, "hold") for number in range(6)]
         try:
-            wait(lambda: sum(fleet.of(number)["running"] for number in range(3)) == 6)
-            victim = next(number for number in range(3) if fleet.of(number)["running"])
+            wait(lambda: sum(fleet.status_of(number)["running"] for number in range(3)) == 6)
+            victim = next(number for number in range(3) if fleet.status_of(number)["running"])
             left = [number for number in range(3) if number != victim]
             fleet.workers[victim].kill()
             quick = [pool.submit(ask, fleet, number % 3) for number in range(40)]
             assert [answer.result(60).status_code for answer in quick] == [200] * 40
-            wait(lambda: sum(fleet.of(number)["running"] for number in left) == 6)
+            wait(lambda: sum(fleet.status_of(number)["running"] for number in left) == 6)
         finally:
             for number in range(3):
                 (fleet.steered(number) / "release").touch()

@@ -1,7 +1,8 @@
 """A Dynamo worker without a model, for benchmarks of what is in front of it: a video is there after some sleep.
 
-Run ``python -m ltx2_pool.tools.bench.fakeworker``; ``LTX2_SHAPES`` is the menu whose model it registers. The video is a
-small real MP4 that has its prompt's digest in it, so that whoever gets it can tell whose it is.
+Run ``python -m ltx2_pool.tools.bench.fakeworker``; ``LTX2_SHAPES`` is the menu whose model it registers, and with
+``LTX2_ROUTER=1`` it serves behind a router instead and always says that it is idle. The video is a small real MP4 that
+has its prompt's digest in it, so that whoever gets it can tell whose it is.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from ltx2_pool.serving.forecast import Forecast
+from ltx2_pool.serving.names import BehindRouter, Names
+from ltx2_pool.serving.runtime import connect
 from ltx2_pool.words.menu import Menu
 
 STEPS, STEP = 4, 0.05
@@ -26,22 +30,22 @@ STEPS, STEP = 4, 0.05
 
 
 def main() -> int:
-    return asyncio.run(_serve())
+    return asyncio.run(serve(_generate))
 
 
-async def _serve() -> int:
-    from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
-    from dynamo.runtime import DistributedRuntime
-
+async def serve(generate: Callable[..., Any]) -> int:
+    """Until SIGTERM, and until what was asked before is answered."""
     menu = Menu.load(Path(os.environ["LTX2_SHAPES"]))
-    loop = asyncio.get_running_loop()
-    runtime = DistributedRuntime(loop, "file", "tcp")
-    loop.add_signal_handler(signal.SIGTERM, runtime.shutdown)
-    endpoint = runtime.endpoint("dynamo.video.generate")
-    serving = asyncio.ensure_future(endpoint.serve_endpoint(_generate, graceful_shutdown=True))
-    await register_model(
-        ModelInput.Text, ModelType.Videos, endpoint, "fake/video", menu.model, worker_type=WorkerType.Aggregated
-    )
+    runtime = connect("file")
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runtime.shutdown)
+    path = "dynamo.video.generate"
+    names: Names | BehindRouter = Names(runtime, path, menu.models, "fake/video", "file")
+    if os.environ.get("LTX2_ROUTER") == "1":
+        idle = Forecast(leases=1, free=1, work=0.0, processes={str(key): 1 for key in menu.keys}).said()
+        names = BehindRouter(runtime, path, menu.models, lambda: {"forecast": idle}, "file")
+    serving = asyncio.ensure_future(names.serve(generate))
+    await names.register()
+    runtime.set_health_status(True)
     await serving
     return 0
 

@@ -1,4 +1,4 @@
-"""``benchmark.py chaos --gateway``: jobs while gateways, frontend and worker are killed, and what became of each.
+"""``benchmark.py chaos --gateway``: jobs while gateways, frontend, routers and workers are killed, and their fates.
 
 Every accepted job must end exactly once, in its own video or in an error that is true; none may be forgotten, none be
 there twice, and the content store must have the videos of the completed jobs and nothing else.
@@ -23,7 +23,8 @@ from rich.table import Table
 
 from ltx2_pool.tools import postgres
 from ltx2_pool.tools.bench import fakeworker
-from ltx2_pool.tools.stack import TINY_MENU, Stack, free_port
+from ltx2_pool.tools.fleetstack import FleetStack
+from ltx2_pool.tools.stack import TINY_MENU, free_port
 
 IN_FLIGHT = 24
 KILL_EVERY = 2.0
@@ -46,7 +47,9 @@ class Record:
 class JobsChaos:
     """One run over one stack and its gateways; the seed decides who is killed when."""
 
-    def __init__(self, running: Stack, gateways: Sequence[Gateway], content: Path, every: float, seed: int) -> None:
+    def __init__(
+        self, running: FleetStack, gateways: Sequence[Gateway], content: Path, every: float, seed: int
+    ) -> None:
         """Somebody is killed every so many seconds, on average."""
         self._running, self._gateways, self._content = running, gateways, content
         self._every, self._random = every, random.Random(seed)
@@ -111,21 +114,22 @@ class JobsChaos:
             await asyncio.sleep(0.2)
 
     async def _kill(self) -> None:
+        running = self._running
+        victims = ["gateway", "frontend", "worker", *(["router"] if running.routers else [])]
         while True:
             await asyncio.sleep(self._random.expovariate(1 / self._every))
-            victim = self._random.choice(("gateway", "frontend", "worker"))
+            victim = self._random.choice(victims)
             self._record.kills[victim] += 1
-            running = self._running
             if victim == "gateway":
                 await asyncio.to_thread(self._random.choice(self._gateways).kill_and_start)
             elif victim == "frontend" and running.frontend is not None:
                 running.frontend.kill()
                 running.frontend.wait()
                 running.start_frontend()
-            elif running.worker is not None:
-                running.worker.kill()
-                running.worker.wait()
-                running.start_worker()
+            elif victim == "worker":
+                running.replace_worker(self._random.randrange(len(running.workers)))
+            elif victim == "router":
+                running.replace_router(self._random.randrange(len(running.routers)))
 
     async def _look(self, http: httpx.AsyncClient, jobs: int) -> None:
         """Whether store and content have what they must have, and nothing else."""
@@ -152,7 +156,7 @@ class JobsChaos:
 class Gateway:
     """One gateway of the run."""
 
-    def __init__(self, running: Stack, state: Path, *arguments: str) -> None:
+    def __init__(self, running: FleetStack, state: Path, *arguments: str) -> None:
         self._running, self._state, self._arguments, self._port = running, state, arguments, free_port()
         self.url = self._start()
 
@@ -186,15 +190,18 @@ def show(record: Record, console: Console) -> None:
     console.print(table)
 
 
-def run(work: Path, jobs: int, seed: int, on_postgresql: bool, on_end: Callable[[], None]) -> Record:
-    """One gateway on SQLite, or two on PostgreSQL, before a real frontend and a worker without a model.
+def run(work: Path, jobs: int, seed: int, on_postgresql: bool, routers: int, on_end: Callable[[], None]) -> Record:
+    """One gateway on SQLite, or two on PostgreSQL, before a real frontend and a worker without a model; with routers
+    there are two workers behind them.
 
     Raises StackError.
     """
     program = (sys.executable, "-m", "ltx2_pool.tools.bench.fakeworker")
     with contextlib.ExitStack() as cleanup:
         database = ("--database", cleanup.enter_context(postgres.server())) if on_postgresql else ()
-        running = Stack(work / "logs", work, TINY_MENU, work, program=program)
+        running = FleetStack(
+            work / "logs", work, TINY_MENU, work, workers=2 if routers else 1, routers=routers, program=program
+        )
         cleanup.enter_context(running)
         arguments = ("--claim-timeout", "3", *database)
         gateways = [Gateway(running, work / "state", *arguments) for _ in range(2 if on_postgresql else 1)]

@@ -12,6 +12,7 @@ from rich.console import Console
 from ltx2_pool.fleet import arrivals
 from ltx2_pool.tools import stack
 from ltx2_pool.tools.bench import rivals
+from ltx2_pool.words.recipe import Recipe
 from ltx2_pool.words.shapes import Shape
 
 Command = Callable[[argparse.Namespace, Console], int]
@@ -127,6 +128,13 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     five.add_argument(
         "--postgresql", action="store_true", help="with --gateway: two gateways on a PostgreSQL of its own"
     )
+    five.add_argument(
+        "--routers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --gateway: so many routers with two workers behind them, and routers are killed, too",
+    )
 
     six = several.add_parser("fuzz", help="request bodies of every kind of wrong, through the real frontend")
     six.set_defaults(run=commands["fuzz"])
@@ -166,6 +174,28 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     polling.add_argument("--max-ratio", type=_amount, default=50, metavar="X", help="exit 1 above it [%(default)s]")
 
     _fleet_options(several.add_parser("fleet", help="routing for many workers, simulated"), commands["fleet"])
+
+    real = several.add_parser("calibrate", help="real workers behind routers and without, beside the simulator")
+    real.set_defaults(run=commands["calibrate"])
+    _model_options(real)
+    real.description = (
+        "Workers with one place each are asked for the same videos at the same moments, first by Dynamo's round robin "
+        "and then by our routers, and the simulator says what it would have expected. Exit status 1 when a request got "
+        "no video."
+    )
+    real.add_argument("--workers", type=_count, default=3, metavar="N", help="[%(default)s]")
+    real.add_argument("--routers", type=_count, default=1, metavar="N", help="side by side [%(default)s]")
+    real.add_argument("--requests", type=_count, default=300, metavar="N", help="[%(default)s]")
+    real.add_argument(
+        "--rate", type=_amount, default=0.8, metavar="R", help="requests a second, at random moments [%(default)s]"
+    )
+    real.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
+    real.add_argument("--out", type=Path, default=Path("calibrate-out"), metavar="DIR", help="[%(default)s]")
+
+    way = several.add_parser("overhead", help="what the router adds to a request, as a difference in one run")
+    way.set_defaults(run=commands["overhead"])
+    way.add_argument("--requests", type=_count, default=500, metavar="N", help="of each size [%(default)s]")
+    way.add_argument("--out", type=Path, metavar="FILE", help="write the measurements as JSON")
 
     seven = several.add_parser("menu-report", help="which shapes earn their memory, from a worker's counters")
     seven.set_defaults(run=commands["menu-report"])
@@ -244,6 +274,20 @@ def menu_file(arguments: argparse.Namespace) -> Path:
         return named
     somebody_elses = arguments.model is not None or getattr(arguments, "url", None) is not None
     return Path("shapes.yaml") if somebody_elses else stack.TINY_MENU
+
+
+def recipe(arguments: argparse.Namespace, console: Console) -> Recipe:
+    """With the model that was named, else the tiny one, which is written on first use. Raises CalledProcessError."""
+    if arguments.model is None:
+        with console.status("writing the tiny checkpoint"):
+            arguments.model = stack.checkpoint(arguments.work)
+    return Recipe(model_path=str(arguments.model.resolve()))
+
+
+def cache_root(arguments: argparse.Namespace) -> Path:
+    """The one that was named, else the tiny model's."""
+    root: Path = arguments.cache_root or arguments.work / "cache"
+    return root
 
 
 def _frontend_options(parser: argparse.ArgumentParser) -> None:

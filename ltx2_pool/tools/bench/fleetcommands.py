@@ -1,0 +1,71 @@
+"""``benchmark.py fleet``, ``calibrate`` and ``overhead``: the subcommands about many workers behind a router."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from ltx2_pool.tools.bench import options
+from ltx2_pool.words.menu import Menu
+
+
+def simulate(arguments: argparse.Namespace, console: Console) -> int:
+    """Routing for many workers, simulated."""
+    from ltx2_pool.tools.bench import fleet
+
+    try:
+        question = fleet.ask(arguments)
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    with console.status(f"simulating {arguments.workers} workers for {arguments.duration / 3600:g} h"):
+        outcomes = fleet.run(question)
+    fleet.show(outcomes, console)
+    for path in fleet.write(outcomes, question, arguments.out):
+        console.print(f"wrote {path}")
+    return 0
+
+
+def calibrate(arguments: argparse.Namespace, console: Console) -> int:
+    """Real workers, and the simulator on the same requests."""
+    from ltx2_pool.tools.bench import calibration, realfleet
+
+    menu = Menu.load(arguments.shapes)
+    model = Path(options.recipe(arguments, console).model_path)
+    root = options.cache_root(arguments)
+    fleet = realfleet.Fleet(model, arguments.shapes, root, arguments.workers, arguments.routers)
+    asked = calibration.requests(menu, arguments.requests, arguments.rate, arguments.seed)
+    with _progress(console) as progress:
+        bar = progress.add_task("", total=len(realfleet.POLICIES) * arguments.requests)
+        comparisons = calibration.run(
+            fleet,
+            menu,
+            asked,
+            lambda what: progress.update(bar, description=what),
+            functools.partial(progress.advance, bar),
+        )
+    calibration.show(comparisons, console)
+    console.print(f"wrote {calibration.write(comparisons, arguments.rate, arguments.seed, arguments.out)}")
+    return 1 if any(one.problems for one in comparisons) else 0
+
+
+def overhead(arguments: argparse.Namespace, console: Console) -> int:
+    """What the router adds to a request."""
+    from ltx2_pool.tools.bench import overhead
+
+    with _progress(console) as progress:
+        bar = progress.add_task("requests", total=len(overhead.SIZES) * (overhead.WARM_UP + arguments.requests))
+        found = overhead.run(arguments.requests, functools.partial(progress.advance, bar))
+    overhead.show(found, console)
+    if arguments.out is not None:
+        overhead.write(found, arguments.out)
+    return 0
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
