@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from ltx2_pool.fleet.metrics import Metrics as RouterMetrics
+from ltx2_pool.fleet.settings import RouterSettings
 from ltx2_pool.gateway.metrics import GatewayMetrics
 from ltx2_pool.gateway.settings import GatewaySettings
 from ltx2_pool.serving.metrics import Metrics
@@ -22,12 +25,17 @@ from ltx2_pool.words.settings import Settings
 from tests.paths import REPOSITORY
 
 DEPLOY = REPOSITORY / "deploy"
-RULES = yaml.safe_load((DEPLOY / "prometheus-rules.yaml").read_text())["groups"][0]["rules"]
+RULES = [
+    rule
+    for group in yaml.safe_load((DEPLOY / "prometheus-rules.yaml").read_text())["groups"]
+    for rule in group["rules"]
+]
 
 
 def series() -> set[str]:
-    names = set()
-    for name, kind, _, _ in [*Metrics([]).documented(), *GatewayMetrics().documented()]:
+    names = {rule["record"] for rule in RULES if "record" in rule}
+    documented = [*Metrics([]).documented(), *GatewayMetrics().documented(), *RouterMetrics([]).documented()]
+    for name, kind, _, _ in documented:
         names |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
     return names
 
@@ -41,15 +49,15 @@ def queries() -> list[str]:
 
 @pytest.mark.parametrize("query", queries())
 def test_every_query_names_a_series_that_exists(query):
-    named = set(re.findall(r"ltx2_(?:pool|gateway)_\w+", query))
+    named = set(re.findall(r"ltx2_\w+", query))
     assert named
     assert named <= series()
 
 
 def test_the_runbook_has_every_alert():
     runbook = (REPOSITORY / "RUNBOOK.md").read_text()
-    for rule in RULES:
-        assert f"| `{rule['alert']}` |" in runbook
+    for alert in [rule["alert"] for rule in RULES if "alert" in rule]:
+        assert f"| `{alert}` |" in runbook
 
 
 @pytest.mark.parametrize(
@@ -64,10 +72,22 @@ def test_the_rules_fire_when_they_should_and_the_configuration_is_one(arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+def compose(file: str) -> dict[str, Any]:
+    """What Compose makes of it: a service that extends another one has all that it does not say otherwise."""
+    found: dict[str, Any] = yaml.safe_load((DEPLOY / file).read_text())
+    for name, service in found["services"].items():
+        if (extended := service.pop("extends", None)) is not None:
+            base = compose(extended["file"])["services"][extended["service"]]
+            environment = {**base.get("environment", {}), **service.get("environment", {})}
+            found["services"][name] = {**base, **service, **({"environment": environment} if environment else {})}
+    return found
+
+
+COMPOSES = {name: compose(f"{name}.yaml") for name in ("compose", "compose-fleet")}
+COMPOSE = COMPOSES["compose"]
 PLAIN = [
     each
-    for name in ("worker", "gateway")
+    for name in ("worker", "gateway", "router")
     for each in yaml.safe_load_all((DEPLOY / f"kubernetes/{name}.yaml").read_text())
 ]
 GRAPH, *GRAPH_POLICIES = yaml.safe_load_all((DEPLOY / "kubernetes/dynamo-graph.yaml").read_text())
@@ -81,13 +101,14 @@ def validate(tool: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_compose_file_keeps_to_the_compose_specification():
-    validate("check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml")
+@pytest.mark.parametrize("name", COMPOSES)
+def test_a_compose_file_keeps_to_the_compose_specification(name):
+    validate("check-jsonschema", "--builtin-schema", "vendor.compose-spec", f"{name}.yaml")
 
 
 def test_the_plain_manifests_keep_to_kubernetes_schemas():
-    validate("kubernetes-validate", "--strict", "kubernetes/worker.yaml")
-    validate("kubernetes-validate", "--strict", "kubernetes/gateway.yaml")
+    for name in ("worker", "gateway", "router", "hpa"):
+        validate("kubernetes-validate", "--strict", f"kubernetes/{name}.yaml")
 
 
 def patched(value: Any, patch: Any) -> Any:
@@ -96,20 +117,90 @@ def patched(value: Any, patch: Any) -> Any:
         return {**value, **{key: patched(value.get(key), each) for key, each in patch.items()}}
     if isinstance(value, list) and isinstance(patch, list):
         by_name = {each["name"]: each for each in patch}
-        assert by_name.keys() <= {each["name"] for each in value}
-        return [patched(each, by_name.get(each["name"], each)) for each in value]
+        new = [each for name, each in by_name.items() if name not in {each["name"] for each in value}]
+        return [*(patched(each, by_name.get(each["name"], each)) for each in value), *new]
     return patch
 
 
-def test_eight_gpus_are_a_patch_of_the_plain_worker(tmp_path):
-    plain = next(each for each in PLAIN if each["metadata"]["name"] == "ltx2-worker")
-    eight = patched(plain, yaml.safe_load((DEPLOY / "kubernetes/eight-gpus.yaml").read_text()))
-    (worker,) = eight["spec"]["template"]["spec"]["containers"]
-    assert {worker["resources"][kind]["nvidia.com/gpu"] for kind in ("requests", "limits")} == {"8"}
-    assert worker["env"] == plain["spec"]["template"]["spec"]["containers"][0]["env"]
-    file = tmp_path / "eight.yaml"
-    file.write_text(yaml.safe_dump(eight))
+WORKER = next(each for each in PLAIN if each["metadata"]["name"] == "ltx2-worker" and each["kind"] == "Deployment")
+
+
+def patched_worker(name: str, tmp_path: Path) -> dict[str, Any]:
+    """The plain worker with a patch of ours, which Kubernetes takes."""
+    made: dict[str, Any] = patched(WORKER, yaml.safe_load((DEPLOY / f"kubernetes/{name}.yaml").read_text()))
+    spec = made["spec"]["template"]["spec"]
+    assert len(spec["containers"]) == 1, "a patch for another container"
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(made))
     validate("kubernetes-validate", "--strict", str(file))
+    return made
+
+
+def test_eight_gpus_are_a_patch_of_the_plain_worker(tmp_path):
+    eight = patched_worker("eight-gpus", tmp_path)["spec"]["template"]["spec"]
+    (worker,) = eight["containers"]
+    assert {worker["resources"][kind]["nvidia.com/gpu"] for kind in ("requests", "limits")} == {"8"}
+    assert worker["env"] == WORKER["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert len(eight["volumes"]) == len(WORKER["spec"]["template"]["spec"]["volumes"])
+
+
+def test_a_fleets_workers_are_behind_routers_and_ready_when_all_is_hot(tmp_path):
+    fleet = patched_worker("fleet-workers", tmp_path)["spec"]
+    (worker,) = fleet["template"]["spec"]["containers"]
+    given = {each["name"]: each.get("value") for each in worker["env"]}
+    settings = Settings.model_validate(
+        {"model": ".", "router": given["LTX2_ROUTER"], "ready_min": given["LTX2_POOL_READY_MIN"]}
+    )
+    assert settings.router
+    most = 64  # processes that a worker may have
+    Settings.model_validate({"model": ".", "pool_max_size": most})
+    with pytest.raises(ValidationError, match="pool_max_size"):
+        Settings.model_validate({"model": ".", "pool_max_size": most + 1})
+    assert settings.ready_min >= most
+    assert fleet["replicas"] >= 2
+    assert fleet["strategy"] == WORKER["spec"]["strategy"]  # one at a time, and no second GPU
+
+
+def test_a_rollout_always_leaves_a_router_and_all_workers_but_one():
+    (router,) = [
+        each["spec"] for each in PLAIN if each["metadata"]["name"] == "ltx2-router" and "replicas" in each["spec"]
+    ]
+    assert router["replicas"] >= 2
+    assert router["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    pod = router["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > RouterSettings.model_fields["drain_timeout"].default
+    (container,) = pod["containers"]
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": "system"}
+    budgets = {each["metadata"]["name"]: each["spec"] for each in PLAIN if each["kind"] == "PodDisruptionBudget"}
+    assert budgets["ltx2-router"]["minAvailable"] < router["replicas"]
+    assert budgets["ltx2-worker"]["maxUnavailable"] == 1
+    for name, budget in budgets.items():
+        assert budget["selector"] == {"matchLabels": {"app": name}}
+
+
+def test_both_autoscalers_ask_for_the_recorded_series_and_agree():
+    """KEDA's definition is not in a package that is here; its fields are those of its own reference."""
+    keda = yaml.safe_load((DEPLOY / "kubernetes/autoscaling.yaml").read_text())
+    hpa = yaml.safe_load((DEPLOY / "kubernetes/hpa.yaml").read_text())["spec"]
+    assert (keda["apiVersion"], keda["kind"]) == ("keda.sh/v1alpha1", "ScaledObject")
+    spec = keda["spec"]
+    recorded = {rule["record"] for rule in RULES if "record" in rule}
+    for trigger in spec["triggers"]:
+        assert trigger["type"] == "prometheus"
+        assert {type(value) for value in trigger["metadata"].values()} == {str}
+    asked = {
+        trigger["metadata"]["query"]: (trigger["metricType"], float(trigger["metadata"]["threshold"]))
+        for trigger in spec["triggers"]
+    }
+    assert set(asked) <= recorded
+    targets = [(each["external"]["metric"]["name"], each["external"]["target"]) for each in hpa["metrics"]]
+    amounts = {"700m": 0.7, "30": 30.0}
+    found = {name: (target["type"], amounts[target.get("averageValue") or target["value"]]) for name, target in targets}
+    assert found == asked
+    assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == hpa["behavior"]
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (hpa["minReplicas"], hpa["maxReplicas"])
+    assert spec["scaleTargetRef"]["name"] == hpa["scaleTargetRef"]["name"] == "ltx2-worker"
 
 
 def test_the_graph_deployment_is_like_dynamos_own_and_its_pods_keep_to_kubernetes_schemas(tmp_path):
@@ -134,9 +225,8 @@ def test_the_graph_deployment_is_like_dynamos_own_and_its_pods_keep_to_kubernete
 
 
 def worker_pods() -> list[dict[str, Any]]:
-    plain = next(each for each in PLAIN if each["metadata"]["name"] == "ltx2-worker")
     graph = next(each for each in GRAPH["spec"]["components"] if each["type"] == "worker")
-    return [plain["spec"]["template"], graph["podTemplate"]]
+    return [WORKER["spec"]["template"], graph["podTemplate"]]
 
 
 @pytest.mark.parametrize("pod", worker_pods(), ids=["plain", "graph"])
@@ -266,6 +356,15 @@ def test_every_pod_is_closed_by_default(app):
         ("ltx2-etcd", "ltx2-frontend", 2379, True),
         ("ltx2-etcd", "a pod", 2379, False),
         ("ltx2-etcd", MONITORING, 2379, False),
+        ("ltx2-router", MONITORING, 9090, True),
+        ("ltx2-router", "ltx2-frontend", 9090, False),
+        ("ltx2-router", "ltx2-frontend", 41000, True),
+        ("ltx2-router", "ltx2-worker", 41000, True),
+        ("ltx2-router", "a pod", 41000, False),
+        ("ltx2-worker", "ltx2-router", 41000, True),
+        ("ltx2-worker", "ltx2-router", 9090, False),
+        ("ltx2-frontend", "ltx2-router", 41000, True),
+        ("ltx2-etcd", "ltx2-router", 2379, True),
     ],
 )
 def test_who_reaches_which_port(app, caller, port, reached):
@@ -281,10 +380,11 @@ def test_nothing_of_kubernetes_is_opened_on_a_host():
         assert not [p for c in pod["spec"]["containers"] for p in c.get("ports", []) if "hostPort" in p]
 
 
-def test_compose_opens_the_gateway_with_its_keys_and_nothing_else_beyond_this_host():
-    for name, service in COMPOSE["services"].items():
+@pytest.mark.parametrize("name", COMPOSES)
+def test_compose_opens_the_gateway_with_its_keys_and_nothing_else_beyond_this_host(name):
+    for service_name, service in COMPOSES[name]["services"].items():
         open_to_all = [port for port in service.get("ports", []) if not port.startswith("127.0.0.1:")]
-        assert open_to_all == (["${LTX2_PORT:-8080}:8080"] if name == "gateway" else [])
+        assert open_to_all == (["${LTX2_PORT:-8080}:8080"] if service_name == "gateway" else [])
         assert (service["security_opt"], service["cap_drop"]) == (["no-new-privileges:true"], ["ALL"])
         assert not {"privileged", "network_mode", "pid", "cap_add"} & set(service)
 
@@ -305,19 +405,52 @@ def test_the_gateway_has_its_keys_and_keeps_its_jobs_wherever_it_is_deployed():
 
 
 def test_a_rollout_never_needs_a_second_gpu():
-    plain = next(each for each in PLAIN if each["metadata"]["name"] == "ltx2-worker")
-    assert plain["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    assert WORKER["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
 
 
-def test_compose_drains_and_has_shared_memory_and_its_parts_find_each_other():
-    worker = COMPOSE["services"]["worker"]
-    minutes = re.fullmatch(r"(\d+)m", worker["stop_grace_period"])
-    assert minutes is not None
-    assert int(minutes[1]) * 60 > DRAIN
-    assert worker["shm_size"] == "8gb"
-    scraped = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
-    targets = [target for job in scraped for static in job["static_configs"] for target in static["targets"]]
-    assert targets == ["worker:9090", "frontend:8000", "gateway:8080"]
+@pytest.mark.parametrize("name", COMPOSES)
+def test_compose_drains_and_its_workers_have_shared_memory(name):
+    services = COMPOSES[name]["services"]
+    for service in (each for part, each in services.items() if part.startswith(("worker", "router"))):
+        minutes = re.fullmatch(r"(\d+)m", service["stop_grace_period"])
+        assert minutes is not None
+        assert int(minutes[1]) * 60 > DRAIN
+    assert {each["shm_size"] for part, each in services.items() if part.startswith("worker")} == {"8gb"}
+
+
+def test_a_compose_fleet_has_two_routers_and_workers_on_gpus_of_their_own():
+    services = COMPOSES["compose-fleet"]["services"]
+    workers = {name: each for name, each in services.items() if name.startswith("worker")}
+    reserved = [each["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] for each in workers.values()]
+    assert sorted(reserved) == [[str(number)] for number in range(len(workers))]
+    assert {each["environment"]["LTX2_ROUTER"] for each in workers.values()} == {"1"}
+    assert services["gateway"]["environment"]["LTX2_GATEWAY_WORKERS"].split(",") == [
+        f"http://{name}:9090" for name in workers
+    ]
+    router = services["router"]
+    assert (router["command"], router["deploy"]) == (["ltx2-router"], {"replicas": 2})
+    discovery = {each["environment"]["DYN_FILE_KV"] for each in (router, services["frontend"], *workers.values())}
+    assert discovery == {"/discovery"}
+    assert all("discovery:/discovery" in each["volumes"] for each in (router, services["frontend"], *workers.values()))
+
+
+def test_the_parts_of_compose_find_each_other():
+    jobs = {job["job_name"]: job for job in yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]}
+    names = [
+        (name, each["port"])
+        for job in jobs.values()
+        for each in job.get("dns_sd_configs", [])
+        for name in each["names"]
+    ]
+    assert names == [("worker", 9090), ("router", 9090)]
+    assert "worker" in COMPOSE["services"]
+    fleet = COMPOSES["compose-fleet"]["services"]
+    for name in ("worker0", "worker1"):
+        assert fleet[name]["networks"]["default"]["aliases"] == ["worker"]
+    assert [jobs[name]["static_configs"][0]["targets"] for name in ("dynamo-frontend", "ltx2-gateway")] == [
+        ["frontend:8000"],
+        ["gateway:8080"],
+    ]
     (source,) = yaml.safe_load((DEPLOY / "grafana/datasources.yaml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
     (provider,) = yaml.safe_load((DEPLOY / "grafana/dashboards.yaml").read_text())["providers"]
@@ -331,7 +464,7 @@ def test_compose_drains_and_has_shared_memory_and_its_parts_find_each_other():
 def test_every_image_has_a_tag_and_every_variable_a_meaning():
     known = {
         field.json_schema_extra["env"]  # type: ignore[index]
-        for of in (Settings, GatewaySettings)
+        for of in (Settings, GatewaySettings, RouterSettings)
         for field in of.model_fields.values()
     }
     for file in DEPLOY.rglob("*.yaml"):
