@@ -1,13 +1,14 @@
 """``benchmark.py overhead``: what the router adds to a request, as a difference in one run.
 
 Two frontends run side by side, one with a worker of its own and one with a router between; the worker answers at once.
-They are asked in turn, so that whatever else the machine does meets both.
+They are asked by turns, so that whatever else the machine does meets both.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -49,12 +50,13 @@ def run(requests: int, on_answer: Callable[[], None]) -> list[Overhead]:
     with contextlib.ExitStack() as cleanup:
         work = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ltx2-overhead-")))
         ways = [cleanup.enter_context(_stack(work / name, routers)) for name, routers in (("alone", 0), ("routed", 1))]
+        chance = random.Random(0)
         found = []
         for size in SIZES:
             alone, routed = [], []
             for number in range(WARM_UP + requests):
-                # Each way is the first one half of the time: the second one finds warmer caches.
-                took = {way: _ask(way, size) for way in (ways if number % 2 else ways[::-1])}
+                # In a random order: whoever comes second finds the other one's threads still awake.
+                took = {way: _ask(way, size) for way in chance.sample(ways, 2)}
                 if number >= WARM_UP:
                     alone.append(took[ways[0]])
                     routed.append(took[ways[1]])
