@@ -116,10 +116,6 @@ class FleetStack(Stack):
         """Of a router: the sum of all series that begin so and have these labels."""
         return _sum(self.router_ports[number], beginning, labels)
 
-    def worker_metric(self, beginning: str, number: int, **labels: str) -> float:
-        """The same of a worker."""
-        return _sum(self.worker_ports[number], beginning, labels)
-
     def close(self) -> None:
         processes = (*self.routers, *self.workers)
         for process in processes:

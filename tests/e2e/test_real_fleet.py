@@ -21,5 +21,5 @@ def test_two_shapes_on_two_workers_with_a_place_each_stay_hot(model, baked):
     assert real.spawns == sum(not made.hot for made in real.made)
     assert 1 <= real.spawns <= 3
     found = calibration.compare(real, MENU)
-    assert 1 <= found.predicted.spawns <= 3
+    assert 1 <= found.predicted["spawns"] <= 3
     assert all(value > 0 for value in (found.costs.ready, found.costs.trace, found.costs.encode, found.costs.end))

@@ -76,7 +76,8 @@ async def test_shapes_do_not_push_each_other_out_at_every_turn(make_pool):
     metrics = Metrics([A.key, B.key])
     async with make_pool(max_size=1, metrics=metrics) as pool:
         await asyncio.gather(*(make(pool, shape) for _ in range(6) for shape in (A, B)))
-    assert sum(metrics.spawns.labels(shape.key)._value.get() for shape in (A, B)) == 2
+    for counter in (metrics.spawns, metrics.cold):
+        assert sum(counter.labels(shape.key)._value.get() for shape in (A, B)) == 2
 
 
 async def test_a_waiting_client_of_a_cold_shape_pays_for_one_video(make_pool, tmp_path):
@@ -87,9 +88,12 @@ async def test_a_waiting_client_of_a_cold_shape_pays_for_one_video(make_pool, tm
         made.append(key.shape)
         return (job(key.shape),)
 
-    async with make_pool(warm_up=warm_up, prewarm=[B], ready_min=1) as pool:
+    metrics = Metrics([A.key, B.key])
+    async with make_pool(warm_up=warm_up, prewarm=[B], ready_min=1, metrics=metrics) as pool:
         await make(pool, A)
+        await make(pool, B)
         assert made == [B]
+    assert [metrics.cold.labels(shape.key)._value.get() for shape in (A, B)] == [1, 0]
 
 
 async def test_a_job_that_misses_its_deadline_is_given_up_wherever_it_is(make_pool, gate):

@@ -64,10 +64,8 @@ def test_the_simulator_gets_the_means_of_the_run_and_says_the_same():
     costs = found.costs
     assert (costs.ready, costs.trace, costs.end, costs.encode) == pytest.approx((1.0, 3.0, 0.5, 0.25))
     assert costs.videos[A] == costs.videos[B] == pytest.approx(2.0)  # of B, no hot one was seen: the mean of the others
-    for name in calibration.NAMES:
-        assert getattr(found.predicted, name) == pytest.approx(getattr(found.measured, name), rel=0.01, abs=0.01), name
-    assert found.measured.hot_hits == 50
-    assert found.measured.spawns == 2
+    assert found.predicted == pytest.approx(found.measured, rel=0.01, abs=0.01)
+    assert (found.measured["hot hits %"], found.measured["spawns"]) == (50, 2)
 
 
 def test_what_is_shown_and_written(tmp_path, capsys):

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,9 @@ SLACK = 3600.0
 """Simulated seconds after the last request, for all to be answered."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Of one run, real or simulated."""
-
-    hot_hits: float
-    """Per cent of the videos."""
-    spawns: int
-    videos_an_hour: float
-    mean: float
-    """Seconds from the request to the video, as are the next two."""
-    p50: float
-    p99: float
-    p50_wait: float
-    """Of those, what is more than a hot video takes alone, as is the next one."""
-    p99_wait: float
+Figures = dict[str, float]
+"""Of one run, real or simulated, by what they are called in the table. A wait is what a video takes more than alone and
+hot."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +119,16 @@ def predicted(outcome: Outcome) -> Figures:
 
 def _figures(took: Iterable[float], waits: Iterable[float], hot: int, spawns: int, seconds: float) -> Figures:
     took, waits = sorted(took), sorted(waits)
-    return Figures(
-        hot_hits=100 * hot / max(1, len(took)),
-        spawns=spawns,
-        videos_an_hour=3600 * len(took) / seconds if seconds else 0.0,
-        mean=_mean(took),
-        p50=_percentile(took, 0.50),
-        p99=_percentile(took, 0.99),
-        p50_wait=_percentile(waits, 0.50),
-        p99_wait=_percentile(waits, 0.99),
-    )
+    return {
+        "hot hits %": 100 * hot / max(1, len(took)),
+        "spawns": spawns,
+        "videos an hour": 3600 * len(took) / seconds if seconds else 0.0,
+        "mean s to the video": _mean(took),
+        "p50 s to the video": _percentile(took, 0.50),
+        "p99 s to the video": _percentile(took, 0.99),
+        "p50 wait s": _percentile(waits, 0.50),
+        "p99 wait s": _percentile(waits, 0.99),
+    }
 
 
 def _mean(values: Sequence[float], otherwise: float = 0.0) -> float:
@@ -152,39 +140,27 @@ def _percentile(ordered: Sequence[float], p: float) -> float:
     return ordered[min(len(ordered) - 1, int(p * len(ordered)))] if ordered else 0.0
 
 
-NAMES = {
-    "hot_hits": "hot hits %",
-    "spawns": "spawns",
-    "videos_an_hour": "videos an hour",
-    "mean": "mean s to the video",
-    "p50": "p50 s to the video",
-    "p99": "p99 s to the video",
-    "p50_wait": "p50 wait s",
-    "p99_wait": "p99 wait s",
-}
-
-
 def show(comparisons: Sequence[Comparison], console: Console) -> None:
     """A table: what was measured and what was predicted, for each policy."""
     table = Table("")
     for one in comparisons:
         for heading in (f"{one.real.policy}: measured", "predicted", "÷"):
             table.add_column(heading, justify="right")
-    for name, title in NAMES.items():
+    for name in comparisons[0].measured:
         row = []
         for one in comparisons:
-            was, said = getattr(one.measured, name), getattr(one.predicted, name)
+            was, said = one.measured[name], one.predicted[name]
             row += [_number(was), _number(said), f"{said / was:.2f}" if was else ""]
-        table.add_row(title, *row)
+        table.add_row(name, *row)
     table.add_section()
     failures = [[str(one.problems.total()), "", ""] for one in comparisons]
     table.add_row("requests without a video", *itertools.chain.from_iterable(failures))
     console.print(table)
     for one in comparisons:
         costs = one.costs
-        said = ", ".join(f"{key} {seconds:.2f}" for key, seconds in costs.videos.items())
+        videos = ", ".join(f"{key} {seconds:.2f}" for key, seconds in costs.videos.items())
         console.print(
-            f"{one.real.policy}: hot on the device {said} s; a start {costs.end + costs.ready:.2f} s and "
+            f"{one.real.policy}: hot on the device {videos} s; a start {costs.end + costs.ready:.2f} s and "
             f"{costs.trace:.2f} s of tracing; the rest {costs.encode:.2f} s"
         )
         for problem, number in one.problems.most_common(5):
@@ -207,8 +183,8 @@ def write(comparisons: Sequence[Comparison], rate: float, seed: int, out: Path) 
         "seed": seed,
         "policies": {
             one.real.policy: {
-                "measured": asdict(one.measured),
-                "predicted": asdict(one.predicted),
+                "measured": one.measured,
+                "predicted": one.predicted,
                 "failures": dict(one.problems),
                 "costs": {
                     **{name: value for name, value in vars(one.costs).items() if isinstance(value, float)},

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ltx2_pool.caches import manifest
 from ltx2_pool.fleet.rivals import Policy
 from ltx2_pool.tools.bench.client import Answer, Client
 from ltx2_pool.tools.fleetstack import FleetStack
 from ltx2_pool.words.menu import Menu
-from ltx2_pool.words.shapes import CacheDirs, Key
+from ltx2_pool.words.shapes import Key
 
 POLICIES: tuple[Policy, ...] = ("round robin", "ours")
 """Those that a stock frontend can be compared with: it routes videos in turn by itself."""
@@ -97,12 +96,6 @@ def bake(fleet: Fleet, tell: Callable[[str], None]) -> None:
     options = {"--shapes": fleet.shapes, "--model": fleet.model, "--cache-root": fleet.cache_root}
     command = [sys.executable, "-m", "ltx2_pool.programs.warmup", *(str(p) for pair in options.items() for p in pair)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-
-
-def hot_seconds(fleet: Fleet, menu: Menu) -> dict[Key, float]:
-    """Of a video of each key, as its bake measured it."""
-    found = {key: manifest.read(CacheDirs.of(fleet.cache_root, key)) for key in menu.keys}
-    return {key: baked.hot_s for key, baked in found.items() if baked is not None}
 
 
 def run(
