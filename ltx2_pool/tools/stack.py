@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import httpx
 
@@ -119,7 +119,7 @@ class Stack:
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=600)
         self._guard = Guard()
 
-    def __enter__(self) -> Stack:
+    def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._guard.start()
         try:

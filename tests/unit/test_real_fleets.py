@@ -88,8 +88,11 @@ def test_requests_are_under_zipf_and_repeat_with_their_seed():
     assert first == pytest.approx(300 * 6 / 11, rel=0.2)
 
 
-def test_the_overhead_is_the_difference_of_medians(capsys):
-    found = overhead.Overhead(100, alone=[0.001, 0.002, 0.003], routed=[0.003, 0.004, 0.1])
-    assert found.p50 == pytest.approx(0.002)
+def test_the_overhead_is_the_difference_of_percentiles(tmp_path, capsys):
+    found = overhead.Overhead(100, alone=[0.001, 0.002, 0.003], routed=[0.003, 0.004, 0.1], cpu=0.0015)
+    assert found.added(50) == pytest.approx(0.002)
     overhead.show([found], Console(width=120))
-    assert "2.00" in capsys.readouterr().out
+    row = next(line for line in capsys.readouterr().out.splitlines() if "100 B" in line)
+    assert row.replace("│", "").split()[2:] == ["2.00", "4.00", "2.00", "2.00", "78.00", "1.50"]
+    overhead.write([found], tmp_path / "overhead.json")
+    assert json.loads((tmp_path / "overhead.json").read_text())[0]["added"]["50"] == pytest.approx(0.002)

@@ -59,7 +59,7 @@ def overhead(arguments: argparse.Namespace, console: Console) -> int:
     from ltx2_pool.tools.bench import overhead
 
     with _progress(console) as progress:
-        bar = progress.add_task("requests", total=len(overhead.SIZES) * (overhead.WARM_UP + arguments.requests))
+        bar = progress.add_task("requests", total=len(overhead.SIZES) * arguments.requests)
         found = overhead.run(arguments.requests, functools.partial(progress.advance, bar))
     overhead.show(found, console)
     if arguments.out is not None:

@@ -13,11 +13,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -38,38 +39,42 @@ class Overhead:
     size: int
     alone: Sequence[float]
     routed: Sequence[float]
+    cpu: float
+    """Of the router's process, for each request."""
 
-    @property
-    def p50(self) -> float:
-        """What the router adds, at the median."""
-        return statistics.median(self.routed) - statistics.median(self.alone)
+    def added(self, percent: int) -> float:
+        """What the router adds at that percentile. On a busy machine the 10th is nearest to what a quiet one shows."""
+        return _percentile(self.routed, percent) - _percentile(self.alone, percent)
 
 
 def run(requests: int, on_answer: Callable[[], None]) -> list[Overhead]:
     """Each size of answers in turn, that many of each way. Raises StackError, HTTPError."""
     with contextlib.ExitStack() as cleanup:
         work = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ltx2-overhead-")))
-        ways = [cleanup.enter_context(_stack(work / name, routers)) for name, routers in (("alone", 0), ("routed", 1))]
+        ways = [
+            cleanup.enter_context(
+                FleetStack(work / name, work, TINY_MENU, work, workers=1, routers=routers, program=ECHO)
+            )
+            for name, routers in (("alone", 0), ("routed", 1))
+        ]
+        router = psutil.Process(ways[1].routers[0].pid)
         chance = random.Random(0)
         found = []
         for size in SIZES:
-            alone, routed = [], []
-            for number in range(WARM_UP + requests):
+            for _ in range(WARM_UP):
+                for way in ways:
+                    _ask(way.client, size)
+            alone, routed, before = [], [], router.cpu_times()
+            for _ in range(requests):
                 # In a random order: whoever comes second finds the other one's threads still awake.
-                took = {way: _ask(way, size) for way in chance.sample(ways, 2)}
-                if number >= WARM_UP:
-                    alone.append(took[ways[0]])
-                    routed.append(took[ways[1]])
+                took = {way: _ask(way.client, size) for way in chance.sample(ways, 2)}
+                alone.append(took[ways[0]])
+                routed.append(took[ways[1]])
                 on_answer()
-            found.append(Overhead(size, alone, routed))
+            after = router.cpu_times()
+            cpu = (after.user - before.user + after.system - before.system) / requests
+            found.append(Overhead(size, alone, routed, cpu))
         return found
-
-
-@contextlib.contextmanager
-def _stack(directory: Path, routers: int) -> Iterator[httpx.Client]:
-    """A client of a frontend with an echo behind it."""
-    with FleetStack(directory, directory, TINY_MENU, directory, workers=1, routers=routers, program=ECHO) as running:
-        yield running.client
 
 
 def _ask(client: httpx.Client, size: int) -> float:
@@ -85,21 +90,25 @@ def _ask(client: httpx.Client, size: int) -> float:
 
 def show(overheads: Sequence[Overhead], console: Console) -> None:
     """A table, a row for each size."""
-    table = Table("answer", title=f"milliseconds, {len(overheads[0].alone)} requests of each way in turn")
-    for heading in ("alone p50", "routed p50", "difference", "alone p90", "routed p90"):
+    table = Table("answer", title=f"milliseconds, {len(overheads[0].alone)} requests of each way by turns")
+    for heading in ("alone p50", "routed p50", "added p10", "p50", "p90", "router's CPU"):
         table.add_column(heading, justify="right")
     for one in overheads:
-        p50, p90 = ([_percentile(way, p) for way in (one.alone, one.routed)] for p in (50, 90))
-        row = (p50[0], p50[1], one.p50, p90[0], p90[1])
+        row = (
+            _percentile(one.alone, 50),
+            _percentile(one.routed, 50),
+            *(one.added(percent) for percent in (10, 50, 90)),
+            one.cpu,
+        )
         table.add_row(f"{one.size:,} B", *(f"{1000 * seconds:.2f}" for seconds in row))
     console.print(table)
 
 
-def _percentile(seconds: Sequence[float], p: int) -> float:
-    return statistics.quantiles(seconds, n=100)[p - 1]
+def _percentile(seconds: Sequence[float], percent: int) -> float:
+    return statistics.quantiles(seconds, n=100, method="inclusive")[percent - 1]
 
 
 def write(overheads: Sequence[Overhead], file: Path) -> None:
     """All that was measured, as JSON."""
-    rows = [{"bytes": one.size, "p50": one.p50, "alone": one.alone, "routed": one.routed} for one in overheads]
+    rows = [{**vars(one), "added": {percent: one.added(percent) for percent in (10, 50, 90)}} for one in overheads]
     file.write_text(json.dumps(rows, indent=1) + "\n")
