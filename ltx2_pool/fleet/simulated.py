@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,10 @@ class Costs:
     """From the word to a process to go, until its place is free."""
     restart: float = 55.0
     """From the loss of a worker, or the end of its drain, to another one that serves: zygote and weights."""
+    hot_spread: Sequence[float] = (1.0,)
+    """How a hot video's seconds spread about those above: for each, one of these factors is drawn."""
+    start_spread: Sequence[float] = (1.0,)
+    """The same of starts and first videos."""
 
 
 class Clock:
@@ -53,6 +58,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.chance = random.Random(0)
+        """What is drawn in this simulated time."""
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
 
@@ -209,7 +216,8 @@ class Worker:
         self.spawns += 1
         process, costs = action.process, self._costs
         if not action.warm:
-            self._clock.after(costs.ready, self._ready, process, _FRESH, costs.ready)
+            seconds = costs.ready * self._clock.chance.choice(costs.start_spread)
+            self._clock.after(seconds, self._ready, process, _FRESH, seconds)
             return
         began = self._clock.now
 
@@ -227,12 +235,13 @@ class Worker:
             self.decide()
 
     def _make(self, ticket: Ticket, process: Reservation, phase: Phase) -> None:
-        began, seconds = self._clock.now, self._costs.videos[ticket.key]
-        hot = phase is Phase.GENERATING
+        began, costs, hot = self._clock.now, self._costs, phase is Phase.GENERATING
+        factor = self._clock.chance.choice(costs.hot_spread if hot else costs.start_spread)
+        seconds = factor * costs.videos[ticket.key]
 
         def computed() -> None:
             self.book.encoding(process)
-            self._clock.after(self._costs.encode, done)
+            self._clock.after(costs.encode, done)
             self.decide()
 
         def done() -> None:
@@ -244,7 +253,7 @@ class Worker:
         if hot:
             self._compute(process, seconds, computed)
         else:
-            self._clock.after(self._costs.trace, self._compute, process, seconds, computed)
+            self._clock.after(factor * costs.trace, self._compute, process, seconds, computed)
 
     def _compute(self, process: Reservation, seconds: float, done: Callable[[], None]) -> None:
         if self.alive:

@@ -1,7 +1,8 @@
 """``benchmark.py calibrate``: a real fleet beside what the simulator says of the same requests, predicted ÷ measured.
 
-The simulator gets the moments and keys that the real fleet was asked for, and of what things take the means of that
-run. What is left to it is what it is there for: who goes where, who waits for whom, who has to be started.
+The simulator gets the moments and keys that the real fleet was asked for, and of what things took in that run the means
+and how they spread. What is left to it is what it is there for: who goes where, who waits for whom, who has to be
+started.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def measured_costs(real: Real, menu: Menu) -> Costs:
     anyhow = _mean([seconds for all_of_it in hot.values() for seconds in all_of_it])
     videos = {key: _mean(hot[str(key)], anyhow) for key in menu.keys}
     usual = {str(key): seconds for key, seconds in videos.items()}
+    trace = _mean([one.device - usual[one.key] for one in made if not one.hot])
     good = [one for one in real.asked if not one.answer.problem]
     # What the client waits for besides the worker: the frontend, the router, and the way there and back.
     outside = _mean([one.answer.seconds for one in good]) - _mean([one.queue + one.device + one.encode for one in made])
@@ -98,9 +100,11 @@ def measured_costs(real: Real, menu: Menu) -> Costs:
         videos=videos,
         warm_ups=videos,  # of the start, which does not count
         ready=_mean([seconds for log in real.logs for seconds in log.ready]),
-        trace=_mean([one.device - usual[one.key] for one in made if not one.hot]),
+        trace=trace,
         encode=_mean([one.encode for one in made]) + max(0.0, outside),
         end=_mean([seconds for log in real.logs for seconds in log.ends]),
+        hot_spread=[one.device / usual[one.key] for one in made if one.hot] or [1.0],
+        start_spread=[one.device / (usual[one.key] + trace) for one in made if not one.hot] or [1.0],
     )
 
 
@@ -171,6 +175,10 @@ def _number(value: float) -> str:
     return f"{value:,.2f}" if value < 100 and value != int(value) else f"{value:,.0f}"
 
 
+def _rounded(*seconds: float) -> list[float]:
+    return [round(value, 3) for value in seconds]
+
+
 def write(comparisons: Sequence[Comparison], rate: float, seed: int, out: Path) -> Path:
     """The figures, the costs and the requests as JSON, in a directory."""
     out.mkdir(parents=True, exist_ok=True)
@@ -191,6 +199,9 @@ def write(comparisons: Sequence[Comparison], rate: float, seed: int, out: Path) 
                     "videos": {str(key): seconds for key, seconds in one.costs.videos.items()},
                 },
                 "seconds": [round(answer.answer.seconds, 3) for answer in sorted(one.real.asked, key=lambda a: a.at)],
+                "made": [
+                    [made.key, made.hot, *_rounded(made.queue, made.device, made.encode)] for made in one.real.made
+                ],
             }
             for one in comparisons
         },

@@ -109,6 +109,15 @@ def _percentile(seconds: Sequence[float], percent: int) -> float:
 
 
 def write(overheads: Sequence[Overhead], file: Path) -> None:
-    """All that was measured, as JSON."""
-    rows = [{**vars(one), "added": {percent: one.added(percent) for percent in (10, 50, 90)}} for one in overheads]
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+    """All that was measured, in seconds, as JSON."""
+    rows = [
+        {
+            "size": one.size,
+            "added": {percent: one.added(percent) for percent in (10, 50, 90)},
+            "cpu": one.cpu,
+            "alone": [round(seconds, 5) for seconds in one.alone],
+            "routed": [round(seconds, 5) for seconds in one.routed],
+        }
+        for one in overheads
+    ]
+    file.write_text(json.dumps(rows) + "\n")
