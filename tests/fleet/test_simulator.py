@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,15 @@ def test_a_cold_one_is_started_traced_and_made_in_the_place_of_another():
     one = worker(clock, A, B)
     assert seconds_of(clock, one, C) == [COSTS.end + COSTS.ready + COSTS.trace + 4.1]
     assert (one.hot, one.spawns) == (0, 3)
+
+
+def test_what_things_take_may_spread():
+    clock = Clock()
+    spread = replace(COSTS, hot_spread=(2.0,), start_spread=(3.0,))
+    one = Worker(clock, spread, [A, B], 1, 2, lambda _: None)
+    clock.run(60)
+    assert seconds_of(clock, one, A) == [2 * 4 + 0.1]
+    assert seconds_of(clock, one, C) == [COSTS.end + 3 * (COSTS.ready + COSTS.trace + 4) + 0.1]
 
 
 def test_a_first_video_shares_the_device_with_what_runs_there():
