@@ -92,9 +92,10 @@ class FleetStack(Stack):
     def wait_ready(self, timeout: float = 180) -> str:
         """Wait until the frontend lists the model, every worker is ready and every router has heard each of them."""
         name = super().wait_ready(timeout)
-        for number, (port, process) in enumerate(zip(self.worker_ports, self.workers, strict=True)):
-            tail = functools.partial(self.log_tail, f"worker{number}")
-            await_answer(f"http://127.0.0.1:{port}/health", process, tail, timeout)
+        ports = (*self.worker_ports, *self.router_ports)
+        parts = [(name, process) for name, process in self._parts().items() if name != "frontend"]
+        for port, (name, process) in zip(ports, parts, strict=True):
+            await_answer(f"http://127.0.0.1:{port}/health", process, functools.partial(self.log_tail, name), timeout)
         deadline = time.monotonic() + timeout
         for router in range(len(self.routers)):
             while self.metric("ltx2_router_workers{", router, state="heard") < len(self.workers):
