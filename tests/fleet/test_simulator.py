@@ -61,7 +61,7 @@ def test_a_cold_one_is_started_traced_and_made_in_the_place_of_another():
 def test_what_things_take_may_spread():
     clock = Clock()
     spread = replace(COSTS, hot_spread=(2.0,), start_spread=(3.0,))
-    one = Worker(clock, spread, [A, B], 1, 2, lambda _: None)
+    one = Worker(clock, spread, [A, B], 1, 2, lambda _: None, lambda _: None)
     clock.run(60)
     assert seconds_of(clock, one, A) == [2 * 4 + 0.1]
     assert seconds_of(clock, one, C) == [COSTS.end + 3 * (COSTS.ready + COSTS.trace + 4) + 0.1]

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from ltx2_pool.serving.demand import Listener
 from ltx2_pool.serving.forecast import Forecast
 from ltx2_pool.serving.names import BehindRouter, Names
 from ltx2_pool.serving.runtime import connect
@@ -42,7 +43,7 @@ async def serve(generate: Callable[..., Any]) -> int:
     names: Names | BehindRouter = Names(runtime, path, menu.models, "fake/video", "file")
     if os.environ.get("LTX2_ROUTER") == "1":
         idle = Forecast(leases=1, free=1, work=0.0, processes={str(key): 1 for key in menu.keys}).said()
-        names = BehindRouter(runtime, path, menu.models, lambda: {"forecast": idle}, "file")
+        names = BehindRouter(runtime, path, menu.models, lambda: {"forecast": idle}, Listener(), "file")
     serving = asyncio.ensure_future(names.serve(generate))
     await names.register()
     runtime.set_health_status(True)
