@@ -30,7 +30,7 @@ def test_a_video_crosses_the_router(fleet):
 
 
 def test_the_workers_hear_both_routers(fleet):
-    wait(lambda: {fleet.of(number)["routers"] for number in range(3)} == {2})
+    wait(lambda: {fleet.status_of(number)["routers"] for number in range(3)} == {2})
 
 
 @pytest.mark.parametrize(("prompt", "status"), STATUSES.items())
