@@ -55,6 +55,7 @@ def main() -> int:
         "fleet": fleetcommands.simulate,
         "calibrate": fleetcommands.calibrate,
         "overhead": fleetcommands.overhead,
+        "soak": fleetcommands.soak,
         "menu-report": _menu_report,
     }
     arguments = options.parser(PROGRAM, __doc__ or "", commands).parse_args()

@@ -1,10 +1,12 @@
-"""``benchmark.py fleet``, ``calibrate`` and ``overhead``: the subcommands about many workers behind a router."""
+"""``benchmark.py fleet``, ``calibrate``, ``overhead`` and ``soak``: the subcommands with a router."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -65,6 +67,28 @@ def overhead(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.out is not None:
         overhead.write(found, arguments.out)
     return 0
+
+
+def soak(arguments: argparse.Namespace, console: Console) -> int:
+    """A long run through gateway, frontend, router and worker."""
+    from ltx2_pool.tools.bench import soak
+
+    model = Path(options.recipe(arguments, console).model_path)
+    with tempfile.TemporaryDirectory(prefix="ltx2-soak-") as work, _progress(console) as progress:
+        bar = progress.add_task("jobs", total=arguments.jobs)
+        record = soak.run(
+            Path(work),
+            model,
+            arguments.shapes,
+            options.cache_root(arguments),
+            arguments.jobs,
+            arguments.seed,
+            functools.partial(progress.advance, bar),
+        )
+    soak.show(record, console)
+    for path in soak.write(record, {"date": time.strftime("%Y-%m-%d"), "seed": arguments.seed}, arguments.out):
+        console.print(f"wrote {path}")
+    return 1 if record.problems else 0
 
 
 def _progress(console: Console) -> Progress:

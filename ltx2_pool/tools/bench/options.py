@@ -197,6 +197,15 @@ def parser(program: str, description: str, commands: Mapping[str, Command]) -> a
     way.add_argument("--requests", type=_count, default=500, metavar="N", help="of each size [%(default)s]")
     way.add_argument("--out", type=Path, metavar="FILE", help="write the measurements as JSON")
 
+    long = several.add_parser(
+        "soak", help="a long run through gateway, frontend, router and worker, with faults; what it leaves behind"
+    )
+    long.set_defaults(run=commands["soak"])
+    _model_options(long)
+    long.add_argument("--jobs", type=_count, default=10_000, metavar="N", help="[%(default)s]")
+    long.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
+    long.add_argument("--out", type=Path, default=Path("soak-out"), metavar="DIR", help="[%(default)s]")
+
     seven = several.add_parser("menu-report", help="which shapes earn their memory, from a worker's counters")
     seven.set_defaults(run=commands["menu-report"])
     seven.add_argument(

@@ -1,4 +1,4 @@
-"""The pictures of ``benchmark.py load``, and those of ``compare --stock`` and ``fleet``."""
+"""The pictures of ``benchmark.py load``, and those of ``compare --stock``, ``fleet`` and ``soak``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ltx2_pool.tools.bench.client import Sample
 if TYPE_CHECKING:
     from ltx2_pool.fleet.simulator import Outcome
     from ltx2_pool.tools.bench.results import Result
+    from ltx2_pool.tools.bench.soak import Sample as Held
     from ltx2_pool.tools.bench.stock import Row
 
 HOT, COLD, FAILED, WAIT = "#1f77b4", "#ff7f0e", "#d62728", "#9aa0a6"
@@ -262,3 +263,31 @@ def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
+
+
+HELD = {
+    "bytes": "memory, MB",
+    "descriptors": "descriptors",
+    "processes": "processes",
+    "zombies": "zombies",
+    "files": "files",
+}
+
+
+def held(samples: Sequence[Held], path: Path) -> Path:
+    """What each program held over the run: a column for each, a row for each kind."""
+    programs = list(dict.fromkeys(sample.program for sample in samples))
+    figure, panels = pyplot.subplots(
+        len(HELD), len(programs), figsize=(3.2 * len(programs), 8), sharex=True, squeeze=False, layout="constrained"
+    )
+    for column, program in enumerate(programs):
+        own = [sample for sample in samples if sample.program == program]
+        for axes, (kind, label) in zip(panels[:, column], HELD.items(), strict=True):
+            values = [getattr(sample, kind) / (1e6 if kind == "bytes" else 1) for sample in own]
+            axes.plot([sample.jobs for sample in own], values, color=HOT, linewidth=0.8)
+            axes.set_ylim(bottom=0, top=max(1.0, 1.15 * max(values)))
+            if not column:
+                axes.set_ylabel(label)
+        panels[0][column].set_title(program)
+        panels[-1][column].set_xlabel("jobs that have ended")
+    return _save(figure, path)
