@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 
 from ltx2_pool.serving.exits import LOST
+from tests.fleet.conftest import MadeUpFleet
 from tests.serving.test_dynamo import make, wait
 
 BACK = 15
@@ -68,14 +69,31 @@ def cannot_get_back(stack):
     assert "ending with status 3: fewer than" in stack.log("worker")
 
 
+def stopped_behind_a_router(fleet):
+    def heard() -> float:
+        return fleet.metric("ltx2_router_workers{", state="heard")
+
+    assert heard() == 1
+    os.kill(fleet.workers[0].pid, signal.SIGSTOP)
+    wait(lambda: not any(path.is_file() for path in (fleet.directory / "discovery").rglob("*video*generate*")))
+    os.kill(fleet.workers[0].pid, signal.SIGCONT)
+    wait(lambda: heard() == 1 and fleet.create("fine").status_code == 200, timeout=BACK)
+
+
 def test_workers_that_discovery_has_lost_are_served_from_again_or_end_for_their_supervisor(tmp_path):
-    """Side by side, because they mostly wait: one was stopped, one has no descriptors for a while, one for ever."""
+    """Side by side, because they mostly wait: two were stopped, one of them behind a router, one has no descriptors for
+    a while, one for ever."""
 
     def one(scenario) -> None:
         directory = tmp_path / scenario.__name__
         directory.mkdir()
-        with make(directory) as running:
+        behind = scenario is stopped_behind_a_router
+        with MadeUpFleet(directory / "stack", 1) if behind else make(directory) as running:
             scenario(running)
 
     with ThreadPoolExecutor() as side_by_side:
-        list(side_by_side.map(one, (stopped_for_a_while, ran_out_of_descriptors, cannot_get_back)))
+        list(
+            side_by_side.map(
+                one, (stopped_for_a_while, ran_out_of_descriptors, cannot_get_back, stopped_behind_a_router)
+            )
+        )
