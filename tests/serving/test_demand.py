@@ -75,6 +75,8 @@ NONSENSE: dict[str, Any] = {
     "an endless rate": {"router": "r", "rates": {"a": float("inf")}},
     "workers below zero": {"router": "r", "elsewhere": {"a": -1}},
     "half a worker": {"router": "r", "elsewhere": {"a": 0.5}},
+    "workers without end": {"router": "r", "rates": {"a": 1.0}, "elsewhere": {"a": 10**400}},
+    "workers without end, as text": {"router": "r", "elsewhere": {"a": "9" * 400}},
     "a load that is none": {"router": "r", "load": "much"},
     "rates that are a list": {"router": "r", "rates": ["a"]},
     "an endless name": {"router": "r" * 10_000},
