@@ -109,6 +109,15 @@ async def test_nonsense_is_passed_over_said_once_and_answered_as_ever(caplog):
     assert len(listener._words) == 1
 
 
+async def test_nonsense_of_one_router_is_said_once_also_while_others_speak_clearly(caplog):
+    worker = BehindRouter(Runtime(), "n.c.e", ["m"], lambda: {}, Listener(), "mem")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            for request in (NONSENSE["no router"], said({A: 1.0}).said()):
+                await answers(worker, request)
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("what", NONSENSE)
 def test_nonsense_is_refused(what):
     with pytest.raises(ValueError, match="validation error"):
