@@ -139,7 +139,8 @@ class Fleet:
         here: Collection[str] = view.keys if view is not None else ()
         elsewhere = {key: len(self._hot.get(key, ())) - (key in here) for key in rates}
         work = sum(rate * self.seconds(key) for key, rate in rates.items())
-        return Demand(self._name, rates, elsewhere, work / max(1, self._leases))
+        # What one worker says that its videos take must not make the others stop believing the rest.
+        return Demand(self._name, rates, elsewhere, min(1.0, work / max(1, self._leases)))
 
     def hot(self, key: str) -> int:
         """How many workers have a process of the key, or are about to."""

@@ -25,6 +25,7 @@ LEAST_LOAD, MOST_LOAD = 0.1, 0.95
 
 _Name = Annotated[str, Field(max_length=200)]
 _Amount = Annotated[float, Field(ge=0, le=1e6)]
+_Count = Annotated[int, Field(ge=0, le=10**6)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,7 @@ class Demand:
     """Which one says it."""
     rates: Annotated[Mapping[_Name, _Amount], Field(max_length=10_000)] = field(default_factory=dict)
     """By key: requests a second that came to this router lately."""
-    elsewhere: Annotated[Mapping[_Name, Annotated[int, Field(ge=0)]], Field(max_length=10_000)] = field(
-        default_factory=dict
-    )
+    elsewhere: Annotated[Mapping[_Name, _Count], Field(max_length=10_000)] = field(default_factory=dict)
     """By key: other workers that have a process of it."""
     load: _Amount = 0.0
     """Share of the time of all leases that these requests take."""

@@ -70,7 +70,9 @@ class Metrics:
         )
         self.queue = self._gauge("ltx2_pool_queue_depth", "Jobs that wait", "shape_key")
         self.wait = self._gauge("ltx2_pool_expected_wait_seconds", "What a job admitted now would wait")
-        self.lease = self._counter("ltx2_pool_lease_seconds_total", "Time for which jobs held a lease on the GPU")
+        self.lease = self._counter(
+            "ltx2_pool_lease_seconds_total", "Time for which jobs held leases, that of each GPU of a gang added up"
+        )
         self.leases = self._gauge("ltx2_pool_leases", "Jobs that hold a lease on the GPU now")
         self.memory = self._gauge(
             "ltx2_pool_memory_bytes", "What a shape process needs besides the lent weights", "shape_key", "kind"

@@ -13,7 +13,7 @@ from typing import Any
 from dynamo.common.utils.prometheus import register_engine_metrics_callback
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 
-from ltx2_pool.serving.demand import Demand, Listener
+from ltx2_pool.serving.demand import STALE, Demand, Listener
 from ltx2_pool.serving.presence import DynamoDirectory, keep_all, presence, want_all
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,8 @@ class BehindRouter:
         self._forecasts = runtime.endpoint(path + FORECASTS)
         self._status = status
         self._listener = listener
-        self._puzzled = False
+        self._puzzled = float("-inf")
+        """When something was said last that cannot be understood."""
         self._presences = [
             presence(DynamoDirectory(endpoint, self.register), discovery)
             for endpoint in (self.endpoint, self._forecasts)
@@ -143,14 +144,14 @@ class BehindRouter:
         """What a router says; an older one says nothing."""
         if not request:
             return
+        now = time.monotonic()
         try:
-            self._listener.hear(Demand.of(request), time.monotonic())
-            self._puzzled = False
+            self._listener.hear(Demand.of(request), now)
         except ValueError as error:
-            if not self._puzzled:  # it will say so twice a second
+            if now - self._puzzled > STALE:  # it will say so twice a second, whatever others say in between
                 what = " ".join(str(error).split())[:500]
                 logger.warning("what a router says of the fleet cannot be understood, and is passed over: %s", what)
-            self._puzzled = True
+            self._puzzled = now
 
     async def want(self, wanted: bool) -> None:
         """As :meth:`Names.want`."""

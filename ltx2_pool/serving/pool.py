@@ -353,7 +353,7 @@ class Pool:
             if not delivered:
                 files.remove(output)
             if lease:
-                self._metrics.lease.inc((encoding_began or time.monotonic()) - began)
+                self._metrics.lease.inc(((encoding_began or time.monotonic()) - began) * len(entry.devices))
             self._decide()
 
     def _on_lost(self, ticket: Ticket, entry: Reservation, lost: ProcessLost) -> None:

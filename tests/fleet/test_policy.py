@@ -8,6 +8,7 @@ import pytest
 
 from ltx2_pool.fleet.policy import EVEN, REASONS, SECONDS, STALE, TOLL, Fleet
 from ltx2_pool.fleet.rates import HALF_LIFE, LEAST_AGE, Rates
+from ltx2_pool.serving.demand import Demand
 from ltx2_pool.serving.forecast import Forecast
 
 A, B = "64x64@9f", "96x64@9f"
@@ -208,3 +209,10 @@ def test_a_forecast_survives_json_and_fields_of_a_newer_worker():
     assert Forecast.of({**said, "new": 1}) == busy(1.5, A, unavailable=frozenset((B,)))
     with pytest.raises(ValueError, match="leases"):
         Forecast.of({"free": 1})
+
+
+def test_what_workers_are_told_is_understood_however_long_one_says_that_a_video_takes():
+    one = fleet(w1=idle(A, seconds={A: 1e7}))
+    for _ in range(10):
+        one.sent(1, A, 1.0)
+    assert Demand.of(one.demand(1, 1.0).said()).rates[A] > 0

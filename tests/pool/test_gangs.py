@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from ltx2_pool.processes.gang import Gang
@@ -14,6 +15,7 @@ from ltx2_pool.processes.spawner import ExecSpawner
 from ltx2_pool.processes.subprocesses import ProcessHost
 from ltx2_pool.serving.book import Book
 from ltx2_pool.serving.ledger import Ledger
+from ltx2_pool.serving.metrics import Metrics
 from ltx2_pool.serving.pool import Pool
 from ltx2_pool.words.menu import Offer
 from ltx2_pool.words.recipe import Recipe
@@ -61,6 +63,16 @@ async def test_every_job_of_a_gang_is_answered_whichever_rank_is_killed(tmp_path
         assert len({video.path for video in videos}) == len(jobs)
     finally:
         await pool.close()
+
+
+async def test_a_job_of_a_gang_holds_a_lease_on_each_device(make_pool) -> None:
+    """What fleets are scaled by counts busy GPUs, not jobs."""
+    metrics = Metrics([str(Key(A))], DEVICES)
+    async with make_pool(devices=DEVICES, offers=[Offer(A, gpus=4)], metrics=metrics) as pool:
+        await make(pool, A)  # the first one holds none
+        began = time.monotonic()
+        await make(pool, A, "long 60")
+        assert metrics.lease._value.get() > time.monotonic() - began
 
 
 def test_a_little_chaos() -> None:

@@ -75,6 +75,8 @@ NONSENSE: dict[str, Any] = {
     "an endless rate": {"router": "r", "rates": {"a": float("inf")}},
     "workers below zero": {"router": "r", "elsewhere": {"a": -1}},
     "half a worker": {"router": "r", "elsewhere": {"a": 0.5}},
+    "workers without end": {"router": "r", "rates": {"a": 1.0}, "elsewhere": {"a": 10**400}},
+    "workers without end, as text": {"router": "r", "elsewhere": {"a": "9" * 400}},
     "a load that is none": {"router": "r", "load": "much"},
     "rates that are a list": {"router": "r", "rates": ["a"]},
     "an endless name": {"router": "r" * 10_000},
@@ -105,6 +107,15 @@ async def test_nonsense_is_passed_over_said_once_and_answered_as_ever(caplog):
     assert len(caplog.records) == 1
     assert await answers(worker, said({A: 1.0}).said()) == [{"free": 1}]
     assert len(listener._words) == 1
+
+
+async def test_nonsense_of_one_router_is_said_once_also_while_others_speak_clearly(caplog):
+    worker = BehindRouter(Runtime(), "n.c.e", ["m"], lambda: {}, Listener(), "mem")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            for request in (NONSENSE["no router"], said({A: 1.0}).said()):
+                await answers(worker, request)
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("what", NONSENSE)
