@@ -20,19 +20,30 @@ from ltx2_pool.words.menu import Menu
 from ltx2_pool.words.shapes import Shape
 
 with extra("tools"):
+    from PIL import Image
     from rich.console import Console
     from rich.table import Table
 
     from ltx2_pool.tools import contactsheet, stack, terminal
     from ltx2_pool.tools.bench import kinds
+    from ltx2_pool.tools.drawing import clips
 
 SHAPES = stack.TINY_MENU
+PROMPTS = (
+    "a red ball moves to the right over navy",
+    "a yellow triangle rises over black fading into teal",
+    "a white pole slides left over brown",
+)
+"""As ltx2_pool.tools.drawing.clips has them: what the tiny checkpoint can draw."""
+PICTURED = clips.Scene("green", "square", "down", "grey", "grey")
+"""The last video starts from the first frame of this one."""
 
 
 @dataclass(frozen=True)
 class Made:
     shape: Shape
     state: str
+    prompt: str
     seconds: float
     data: bytes
     path: Path
@@ -65,7 +76,7 @@ def main() -> int:
 def _demo(console: Console, out: Path, work: Path, logs: Path) -> None:
     menu = Menu.load(SHAPES)
     first, second = menu.shapes[:2]
-    with console.status("writing the tiny checkpoint (random weights, real LTX-2 classes)"):
+    with console.status("writing the tiny checkpoint (real LTX-2 classes)"):
         model = stack.checkpoint(work)
     console.print(f"checkpoint  {model.relative_to(work.parent)}")
     pool = {
@@ -83,17 +94,20 @@ def _demo(console: Console, out: Path, work: Path, logs: Path) -> None:
         began = time.monotonic()
         with console.status(f"asking for {first.key} and {second.key}: two shape processes start and compile"):
             both = cleanup.enter_context(ThreadPoolExecutor(2))
-            made = list(both.map(lambda shape: _make(running, shape, "cold", out, menu.fps), (first, second)))
+            cold = zip((first, second), PROMPTS[:2], strict=True)
+            made = list(both.map(lambda asked: _make(running, asked[0], "cold", asked[1], out, menu.fps), cold))
         console.print(f"cold        two shapes at once in {time.monotonic() - began:.1f} s")
-        made.append(_make(running, first, "hot", out, menu.fps))
-        picture = kinds.uri(kinds.file_of(kinds.drawing(0), "PNG"))
+        made.append(_make(running, first, "hot", PROMPTS[2], out, menu.fps))
+        frames = clips.render(PICTURED, first.width, first.height, first.num_frames)
+        picture = kinds.uri(kinds.file_of(Image.fromarray(frames[0]), "PNG"))
         with console.status("asking for a video that starts from a picture: its graph compiles"):
-            made.append(_make(running, first, "picture", out, menu.fps, input_reference=picture))
+            fields = {"input_reference": picture}
+            made.append(_make(running, first, "picture", PICTURED.caption(), out, menu.fps, **fields))
     sheet = out / "contact-sheet.png"
     contactsheet.write(
         sheet,
-        [(f"{m.shape.key}  {m.state}  {m.seconds:.2f} s", m.data) for m in made],
-        "LTX-2 (random weights) through Dynamo /v1/videos",
+        [(f"“{m.prompt}”  {m.shape.key}  {m.state}  {m.seconds:.2f} s", m.data) for m in made],
+        "A tiny LTX-2 through Dynamo /v1/videos",
     )
     table = Table("shape", "state", "seconds", "bytes", "file", title="videos")
     for m in made:
@@ -102,11 +116,11 @@ def _demo(console: Console, out: Path, work: Path, logs: Path) -> None:
     console.print(f"contact sheet: {sheet.relative_to(out.parent)}")
 
 
-def _make(running: stack.Stack, shape: Shape, state: str, out: Path, fps: int, **fields: str) -> Made:
+def _make(running: stack.Stack, shape: Shape, state: str, prompt: str, out: Path, fps: int, **fields: str) -> Made:
     from ltx2_pool.model import mp4
 
     began = time.monotonic()
-    answer = running.create(size=shape.size, nvext={"num_frames": shape.num_frames}, **fields)
+    answer = running.create(prompt, size=shape.size, nvext={"num_frames": shape.num_frames}, **fields)
     seconds = time.monotonic() - began
     if answer.status_code != 200:
         raise DemoError(f"{shape.key}: HTTP {answer.status_code} {answer.text}\n{running.log_tail('worker')}")
@@ -117,7 +131,7 @@ def _make(running: stack.Stack, shape: Shape, state: str, out: Path, fps: int, *
         raise DemoError(f"{shape.key}: the MP4 has (width, height, frames, fps, audio channels) {found}")
     path = out / f"{shape.key.replace('@', '_')}-{state}.mp4"
     path.write_bytes(data)
-    return Made(shape, state, seconds, data, path)
+    return Made(shape, state, prompt, seconds, data, path)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(console: Console, arguments: argparse.Namespace, logs: Path) -> None:
     work: Path = arguments.work
-    with console.status("writing the tiny checkpoint (random weights, real LTX-2 classes)"):
+    with console.status("writing the tiny checkpoint (real LTX-2 classes)"):
         model = arguments.model or stack.checkpoint(work)
     running = stack.Stack(logs, model, arguments.shapes, work / "cache", **SETTINGS)
     with contextlib.ExitStack() as cleanup:

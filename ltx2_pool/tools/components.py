@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltx2_pool.tools import tinyvae
 from ltx2_pool.tools.dimensions import Dimensions
+from ltx2_pool.tools.drawing import mosaic
 from ltx2_pool.words.checkpoint import Version
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def vae(d: Dimensions) -> Part:
     config = {
         "_class_name": "CausalVideoAutoencoder",
         "_diffusers_version": DIFFUSERS,
-        "vae": tinyvae.config(d.latent_channels, d.vae_blocks),
+        "vae": tinyvae.config(d.latent_channels, d.vae_blocks) if d.vae_blocks else mosaic.config(),
     }
     return config, LTX2CausalVideoAutoencoder(config).state_dict()
 
@@ -217,7 +218,7 @@ def text_encoder(d: Dimensions, version: Version) -> Part:
         "connector_positional_embedding_max_pos": [4096],
         "connector_rope_type": "split",
         "connector_double_precision_rope": True,
-        "connector_num_learnable_registers": 128,
+        "connector_num_learnable_registers": d.connector_registers,
     }
     if version == "2.3":
         video, audio = d.heads * d.head_dim, d.audio_heads * d.audio_head_dim
@@ -237,10 +238,10 @@ def text_encoder(d: Dimensions, version: Version) -> Part:
     with torch.device("meta"):
         encoder = LTX2GemmaTextEncoderModel(encoder_config)
     own = {name: value for name, value in encoder.state_dict().items() if not name.startswith("gemma_model.")}
-    return config, {_published_name(name): value for name, value in own.items()}
+    return config, {published_name(name): value for name, value in own.items()}
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     """FastVideo's name of a connector weight as the real checkpoint spells it (models/encoders/gemma.py)."""
     for ours, theirs in (
         ("feature_extractor_linear.aggregate_embed.", "aggregate_embed."),

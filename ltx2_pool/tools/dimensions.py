@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Dimensions:
     """0: as many as the tokenizer has."""
     connector_heads: int
     connector_layers: int
+    connector_registers: int
+    """Learned tokens that fill up a caption, over and over; the length of captions is a multiple of them."""
     layers: int
     heads: int
     head_dim: int
@@ -27,6 +29,7 @@ class Dimensions:
     audio_head_dim: int
     latent_channels: int
     vae_blocks: int
+    """Residual blocks at each level of the decoder; 0: the VAE is drawing/mosaic.py's."""
     audio_vae_multipliers: tuple[int, ...]
     audio_vae_blocks: int
     vocoder_channels: int
@@ -45,6 +48,7 @@ TINY = Dimensions(
     vocabulary=0,
     connector_heads=2,
     connector_layers=1,
+    connector_registers=128,
     layers=2,
     heads=2,
     head_dim=32,
@@ -59,6 +63,18 @@ TINY = Dimensions(
     upsampler_blocks=1,
 )
 
+DRAWING = replace(
+    TINY,
+    connector_registers=32,
+    layers=3,
+    heads=4,
+    audio_heads=4,
+    audio_head_dim=8,
+    latent_channels=48,
+    vae_blocks=0,
+)
+"""Of the tiny checkpoint that is trained (ltx2_pool/tools/drawing)."""
+
 
 def large(layers: int, gemma_layers: int) -> Dimensions:
     """The real model's dimensions (48 layers and 48 Gemma layers are all of it: 63 GiB)."""
@@ -72,6 +88,7 @@ def large(layers: int, gemma_layers: int) -> Dimensions:
         vocabulary=262208,
         connector_heads=30,
         connector_layers=2,
+        connector_registers=128,
         layers=layers,
         heads=32,
         head_dim=128,

@@ -39,10 +39,11 @@ class StackError(Exception):
 
 def checkpoint(work: Path, kind: Kind = "distilled", version: Version = "2.0") -> Path:
     """A tiny checkpoint, written once for this version of :mod:`ltx2_pool.tools.tiny`. Raises CalledProcessError."""
-    source = b"".join(
-        Path(__file__).with_name(name).read_bytes()
-        for name in ("tiny.py", "components.py", "dimensions.py", "tinyvae.py", "tokenizer.py")
-    )
+    here = Path(__file__).parent
+    parts = ("tiny.py", "components.py", "dimensions.py", "tinyvae.py", "tokenizer.py")
+    drawing = ("clips.py", "mosaic.py", "weights.safetensors")
+    paths = [*(here / name for name in parts), *(here / "drawing" / name for name in drawing)]
+    source = b"".join(path.read_bytes() for path in paths)
     name = "ltx2-tiny" if (kind, version) == ("distilled", "2.0") else f"ltx{version}-{kind}-tiny"
     directory = work / f"{name}-{hashlib.sha256(source).hexdigest()[:8]}"
     if not directory.exists():

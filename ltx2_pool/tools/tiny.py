@@ -1,8 +1,9 @@
-"""Writes LTX-2 checkpoints that FastVideo loads as it loads the real one: of random weights, but for the VAE.
+"""Writes LTX-2 checkpoints that FastVideo loads as it loads the real one.
 
-``python -m ltx2_pool.tools.tiny DIR`` writes the tiny one that the demo and the tests run on a CPU; ``--size large``
-writes the real model's dimensions, with as many layers as asked for, to measure on a GPU; ``--kind`` and ``--version``
-the other checkpoints that are served. The layout is Diffusers'; the parts are in :mod:`ltx2_pool.tools.components`.
+``python -m ltx2_pool.tools.tiny DIR`` writes the tiny one that the demo and the tests run on a CPU: it is trained, and
+draws (:mod:`ltx2_pool.tools.drawing`). The others have random weights, but for the VAE: ``--size large`` the real
+model's dimensions, with as many layers as asked for, to measure on a GPU; ``--kind`` and ``--version`` the other
+checkpoints that are served. The layout is Diffusers'; the parts are in :mod:`ltx2_pool.tools.components`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ltx2_pool.tools import components, tinyvae, tokenizer
-from ltx2_pool.tools.dimensions import TINY, Dimensions, large
+from ltx2_pool.tools.dimensions import DRAWING, TINY, Dimensions, large
+from ltx2_pool.tools.drawing import mosaic
 from ltx2_pool.words.checkpoint import Version
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SEED = 1234
 UPSAMPLER = "spatial_upsampler"
+WEIGHTS = Path(__file__).parent / "drawing" / "weights.safetensors"
+"""What ``python -m ltx2_pool.tools.train_tiny`` has trained of the checkpoint that draws, by component and name."""
 TinyKind = Literal["distilled", "base"]
 
 
@@ -33,23 +37,28 @@ def write(
     dimensions: Dimensions = TINY,
     kind: TinyKind = "distilled",
     version: Version = "2.0",
+    weights: Path | None = None,
 ) -> None:
     """Write a checkpoint into a new directory; it appears there only when it is complete.
 
-    The same seed and dimensions give the same bytes on the same kind of device. Raises OSError.
+    The same seed and dimensions give the same bytes on the same kind of device. `weights`: a file like
+    :data:`WEIGHTS`; what is not in it is random. Raises OSError, and ValueError when they are of other dimensions.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
-        _Writer(partial, seed, dimensions, kind, version).write()
+        _Writer(partial, seed, dimensions, kind, version, weights).write()
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Writer:
-    def __init__(self, root: Path, seed: int, dimensions: Dimensions, kind: TinyKind, version: Version) -> None:
+    def __init__(
+        self, root: Path, seed: int, dimensions: Dimensions, kind: TinyKind, version: Version, weights: Path | None
+    ) -> None:
         import torch
+        from safetensors.torch import load_file
 
         from ltx2_pool.model.platform import prepare_platform
 
@@ -58,13 +67,15 @@ class _Writer:
         self.d = dimensions
         self.kind = kind
         self.version = version
-        self.device = torch.device("cuda" if torch.cuda.is_available() and dimensions is not TINY else "cpu")
+        self.trained: dict[str, torch.Tensor] = load_file(weights) if weights else {}
+        small = dimensions in (TINY, DRAWING)
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not small else "cpu")
         self.random = torch.Generator(self.device).manual_seed(seed)
 
     def write(self) -> None:
         self.root.mkdir(parents=True)
         config, state = components.transformer(self.d, self.version)
-        self._component("transformer", config, self._fill(state))
+        self._component("transformer", config, self._fill(state, "transformer"))
         self._vae()
         config, state = components.audio_vae(self.d)
         self._component("audio_vae", config, self._fill(state))
@@ -86,12 +97,18 @@ class _Writer:
         about = {"_class_name": "LTX2Pipeline", "_diffusers_version": components.DIFFUSERS}
         self._json("model_index.json", {**about, **refine, **classes})
 
-    def _fill(self, state: dict[str, torch.Tensor], gain: float = 1.0) -> dict[str, torch.Tensor]:
-        """Random bfloat16 weights of the same names and shapes, scaled so that activations stay in range."""
+    def _fill(self, state: dict[str, torch.Tensor], part: str = "", gain: float = 1.0) -> dict[str, torch.Tensor]:
+        """Weights of the same names and shapes in bfloat16: what is trained of that part, and else random ones, scaled
+        so that activations stay in range.
+        """
         import torch
 
         def tensor(name: str, like: torch.Tensor) -> torch.Tensor:
             shape = tuple(like.shape)
+            if (known := self.trained.get(f"{part}.{name}")) is not None:
+                if tuple(known.shape) != shape:
+                    raise ValueError(f"{part}.{name} is {tuple(known.shape)} in the weights and {shape} in the model")
+                return known
             if name.endswith("mean-of-means"):
                 return torch.zeros(shape)
             if "per_channel_statistics" in name:
@@ -123,7 +140,7 @@ class _Writer:
 
     def _vae(self) -> None:
         config, state = components.vae(self.d)
-        state = tinyvae.weights(self._fill(state))
+        state = (tinyvae if self.d.vae_blocks else mosaic).weights(self._fill(state))
         # The real file has the statistics once; FastVideo's VAELoader hands them to encoder and decoder.
         prefix = "decoder."
         statistics = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(f"{prefix}per_channel")}
@@ -137,9 +154,9 @@ class _Writer:
         directory = self.root / "text_encoder" / "gemma"
         gemma.save_pretrained(directory)
         # Gemma's norms multiply by 1 + weight.
-        save_file(self._fill(state, gain=0.0), directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(self._fill(state, "gemma", gain=0.0), directory / "model.safetensors", metadata={"format": "pt"})
         config, state = components.text_encoder(self.d, self.version)
-        self._component("text_encoder", config, self._fill(state), file="model.safetensors")
+        self._component("text_encoder", config, self._fill(state, "text_encoder"), file="model.safetensors")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,12 +165,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="where to write the checkpoint; must not exist")
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="default %(default)s")
-    parser.add_argument("--size", choices=("tiny", "large"), default="tiny", help="default %(default)s")
+    parser.add_argument(
+        "--size",
+        choices=("drawing", "tiny", "large"),
+        help="drawing: the trained one (default of a distilled LTX-2.0); tiny: random (default of the others)",
+    )
     parser.add_argument("--layers", type=int, default=48, help="transformer layers of --size large (default 48)")
     parser.add_argument("--gemma-layers", type=int, default=48, help="Gemma layers of --size large (default 48)")
     parser.add_argument("--kind", choices=("distilled", "base"), default="distilled", help="default %(default)s")
     parser.add_argument("--version", choices=("2.0", "2.3"), default="2.0", help="of LTX-2; default %(default)s")
     arguments = parser.parse_args(argv)
+    draws = (arguments.kind, arguments.version) == ("distilled", "2.0")
+    size = arguments.size or ("drawing" if draws else "tiny")
+    if size == "drawing" and not draws:
+        parser.error("only a distilled LTX-2.0 is trained: leave --size drawing out")
     if arguments.directory.exists():
         parser.error(f"{arguments.directory} exists already")
     os.environ.setdefault("FASTVIDEO_LOGGING_LEVEL", "ERROR")
@@ -161,9 +186,10 @@ def main(argv: list[str] | None = None) -> int:
     write(
         arguments.directory,
         arguments.seed,
-        TINY if arguments.size == "tiny" else large(arguments.layers, arguments.gemma_layers),
+        {"drawing": DRAWING, "tiny": TINY}.get(size) or large(arguments.layers, arguments.gemma_layers),
         arguments.kind,
         arguments.version,
+        WEIGHTS if size == "drawing" else None,
     )
     files = [path for path in arguments.directory.rglob("*") if path.is_file()]
     print(f"wrote {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes")

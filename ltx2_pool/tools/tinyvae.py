@@ -151,7 +151,7 @@ def _decoder(of: dict[str, torch.Tensor]) -> None:
         weight = of[f"up_blocks.{2 * level + 1}.conv.conv.weight"]
         signals, inputs = weight.shape[0] // 8, weight.shape[1]
         convolution = weight.view(signals, 2, 2, 2, inputs, 3, 3, 3)
-        space = (itself, half_sharp, _between(2))[level]  # the first has the quarters to draw
+        space = (itself, half_sharp, between(2))[level]  # the first has the quarters to draw
         for colour in range(COLOURS):
             convolution[colour, :, :, :, colour] = torch.einsum("ai,bj,ck->abcijk", times, space, space)
             if level == 0:
@@ -165,11 +165,11 @@ def _decoder(of: dict[str, torch.Tensor]) -> None:
     of["up_blocks.5.conv.conv.bias"][-8:] = _SMALL * signals**0.5
     leave = of["conv_out.conv.weight"]
     for colour in range(COLOURS):  # unpatchify: colour, column, row
-        patch = torch.einsum("qj,rk->rqjk", _between(4), _between(4)).reshape(16, 3, 3)
+        patch = torch.einsum("qj,rk->rqjk", between(4), between(4)).reshape(16, 3, 3)
         leave[16 * colour : 16 * (colour + 1), colour, _NOW] = 2 * _SMALL * patch
 
 
-def _between(pixels: int) -> torch.Tensor:
+def between(pixels: int) -> torch.Tensor:
     """How the `pixels` that one becomes are made of it and its neighbours: on a straight line between the centres."""
     import torch
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ltx2_pool.tools.drawing import clips
+
 
 def write(root: Path) -> Any:
     """Write the tokenizer where the pipeline and where Gemma look for it, below the checkpoint `root`; returns it."""
@@ -29,11 +31,15 @@ def write(root: Path) -> Any:
         "slow aerial view over a harbour town, warm evening light, boats, gulls, cinematic, highly detailed",
         "a potter shapes wet clay on a wheel, shallow depth of field, the sound of rain outside 0123456789",
     ]
+    corpus += sorted(
+        scene.caption(phrase) for scene in clips.scenes() if scene.top == scene.bottom for phrase in (0, 1)
+    )
+    corpus += ["a shape over black fading into navy"] * 100
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.normalizer = normalizers.Replace(" ", "▁")
-    bpe.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # so that no token is of two words
     initial = special + [f"<0x{byte:02X}>" for byte in range(256)]
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=512, special_tokens=initial, show_progress=False))
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=576, special_tokens=initial, show_progress=False))
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in trained["merges"]]
     tokenizer = GemmaTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=131072)

@@ -1,0 +1,153 @@
+"""Trains the tiny LTX-2 that draws, and says how well it does: ``python -m ltx2_pool.tools.train_tiny OUT``.
+
+OUT gets the weights, a picture of the loss, one of clips for prompts that were not trained on, and a table of how many
+of these are recognised. The same seed gives the same weights on the same kind of device. On one core of a CPU it takes
+about twenty minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ltx2_pool.words.extras import extra
+from ltx2_pool.words.recipe import Recipe
+from ltx2_pool.words.shapes import Shape
+
+with extra("tools"):
+    from rich.progress import Progress
+
+    from ltx2_pool.tools import terminal, tiny
+    from ltx2_pool.tools.dimensions import DRAWING
+
+CLIPS = {Shape(64, 64, 9): 4000, Shape(96, 64, 17): 1500, Shape(64, 96, 9): 2000}
+"""Sizes that are trained, and how many clips of each are drawn."""
+LOOKED_AT = (2, 4, 8)
+"""Steps with which clips are looked at: the menu's, and what the schedule has."""
+_OFTEN = (0.5, 0.2, 0.3)
+_FULL_BATCH = 24
+_FULL_RATE = 3e-4
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ltx2_pool.tools.train_tiny", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory for weights.safetensors and all else")
+    parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=1500, help="with captions filled up briefly (default %(default)s)")
+    parser.add_argument("--full-steps", type=int, default=60, help="with captions as they are (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="clips of 64x64@9f in a step (default %(default)s)")
+    parser.add_argument("--prompts", type=int, default=200, help="to look at, of each shape (default %(default)s)")
+    parser.add_argument("--weights", type=Path, help="go on from these, or with --steps 0 --full-steps 0 only look")
+    arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    console = terminal.console()
+    trained = arguments.out / "weights.safetensors"
+    with tempfile.TemporaryDirectory() as work:
+        os.environ.update(Recipe(model_path=work, compile=False).environment())  # before torch is imported
+        if arguments.steps or arguments.full_steps:
+            with console.status("writing a checkpoint of random weights"):
+                tiny.write(Path(work) / "random", arguments.seed, DRAWING, weights=arguments.weights)
+            with Progress(console=console) as progress:
+                losses = _train(Path(work) / "random", arguments, trained, progress)
+            _draw_losses(arguments.out / "loss.png", losses, arguments.steps)
+        elif arguments.weights is None:
+            parser.error("--steps 0 --full-steps 0 looks at what --weights names")
+        tiny.write(
+            Path(work) / "trained", arguments.seed, DRAWING, weights=trained if trained.exists() else arguments.weights
+        )
+        with Progress(console=console) as progress:
+            table = _look(Path(work) / "trained", arguments.prompts, arguments.out / "samples.png", progress)
+    (arguments.out / "recognised.md").write_text(table)
+    console.print(table)
+    return 0
+
+
+def _train(checkpoint: Path, arguments: argparse.Namespace, out: Path, progress: Progress) -> list[float]:
+    from ltx2_pool.model import engine  # before torch and FastVideo
+
+    import torch  # isort: skip
+    from safetensors.torch import save_file
+
+    from ltx2_pool.tools.drawing import denoiser
+
+    modules = engine.build_generator(Recipe(model_path=str(checkpoint), compile=False)).modules
+    of = denoiser.Denoiser(modules)
+    torch.set_default_device(of.device)
+    encoder = modules["vae"].float().encoder
+    if arguments.weights is None:
+        of.start()
+    banks = [
+        denoiser.bank(encoder, shape.width, shape.height, shape.num_frames, count, arguments.seed + number)
+        for number, (shape, count) in enumerate(progress.track(CLIPS.items(), description="drawing clips"))
+    ]
+    losses: list[float] = []
+    for short, steps, batch, rate in (
+        (True, arguments.steps, arguments.batch, denoiser.RATE),
+        (False, arguments.full_steps, _FULL_BATCH, _FULL_RATE),
+    ):
+        task = progress.add_task("training", total=steps)
+
+        def on_step(step: int, loss: float, task: Any = task) -> None:
+            losses.append(loss)
+            progress.update(task, advance=1, description=f"training, loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
+            if step % 250 == 249:
+                save_file(of.weights(), out)
+
+        denoiser.train(of, banks, _OFTEN, steps, batch, arguments.seed, on_step, rate=rate, short=short)
+        save_file(of.weights(), out)
+    return losses
+
+
+def _draw_losses(path: Path, losses: list[float], steps: int) -> None:
+    """One point for each step, and the mean of fifty."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    window = min(50, len(losses))
+    figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    axis.semilogy(losses, linewidth=0.4, alpha=0.5, label="of each step")
+    axis.semilogy(
+        np.arange(window - 1, len(losses)), np.convolve(losses, np.ones(window) / window, "valid"), label="mean of 50"
+    )
+    axis.axvline(steps, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="step (right of the line: captions as the pipeline has them)", ylabel="error of the velocity")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _look(checkpoint: Path, prompts: int, picture: Path, progress: Progress) -> str:
+    """Draws some of the clips, and returns a table in Markdown."""
+    from ltx2_pool.model import engine
+    from ltx2_pool.tools import contactsheet
+    from ltx2_pool.tools.drawing import clips, exam
+
+    generator = engine.build_generator(Recipe(model_path=str(checkpoint), compile=False))
+    lines = ["| Shape | Steps | Colour | Kind | Motion | All three |", "|---|---|---|---|---|---|"]
+    rows: list[tuple[str, Any]] = []
+    for shape in CLIPS:
+        for steps in LOOKED_AT:
+            task = progress.add_task(f"{shape.key}, {steps} steps", total=prompts)
+            scenes = clips.held_out(prompts, seed=shape.width + shape.height)
+            made = exam.examine(generator, shape, steps, scenes, lambda task=task: progress.advance(task))
+            right = exam.score(made)
+            lines.append(f"| {shape.key} | {steps} | " + " | ".join(f"{part:.1%}" for part in right.values()) + " |")
+            if steps == LOOKED_AT[0]:
+                rows += [
+                    (f"{shape.key}: {clip.scene.caption(number)}", clip.frames) for number, clip in enumerate(made[:4])
+                ]
+    contactsheet.draw(picture, rows, f"Captions that were not trained on, {LOOKED_AT[0]} steps")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
