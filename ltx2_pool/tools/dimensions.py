@@ -65,7 +65,7 @@ TINY = Dimensions(
 
 DRAWING = replace(
     TINY,
-    connector_registers=32,
+    connector_registers=16,
     layers=3,
     heads=4,
     audio_heads=4,

@@ -8,6 +8,7 @@ about twenty minutes.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -24,13 +25,13 @@ with extra("tools"):
     from ltx2_pool.tools import terminal, tiny
     from ltx2_pool.tools.dimensions import DRAWING
 
-CLIPS = {Shape(64, 64, 9): 4000, Shape(96, 64, 17): 1500, Shape(64, 96, 9): 2000}
+CLIPS = {Shape(64, 64, 9): 3500, Shape(96, 64, 17): 1000, Shape(64, 96, 9): 1500}
 """Sizes that are trained, and how many clips of each are drawn."""
 LOOKED_AT = (2, 4, 8)
 """Steps with which clips are looked at: the menu's, and what the schedule has."""
 _OFTEN = (0.5, 0.2, 0.3)
-_FULL_BATCH = 24
-_FULL_RATE = 3e-4
+_SAVED = 250
+"""Steps after which the weights are written, so that what is interrupted is not lost."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,28 +40,27 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for weights.safetensors and all else")
     parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=1500, help="with captions filled up briefly (default %(default)s)")
-    parser.add_argument("--full-steps", type=int, default=60, help="with captions as they are (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="clips of 64x64@9f in a step (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5000, help="default %(default)s")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of learning, at most (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="clips of 64x64@9f in a step (default %(default)s)")
     parser.add_argument("--prompts", type=int, default=200, help="to look at, of each shape (default %(default)s)")
-    parser.add_argument("--weights", type=Path, help="go on from these, or with --steps 0 --full-steps 0 only look")
+    parser.add_argument("--weights", type=Path, help="go on from these; with --steps 0, only look")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     console = terminal.console()
     trained = arguments.out / "weights.safetensors"
     with tempfile.TemporaryDirectory() as work:
         os.environ.update(Recipe(model_path=work, compile=False).environment())  # before torch is imported
-        if arguments.steps or arguments.full_steps:
+        if arguments.steps:
             with console.status("writing a checkpoint of random weights"):
                 tiny.write(Path(work) / "random", arguments.seed, DRAWING, weights=arguments.weights)
             with Progress(console=console) as progress:
                 losses = _train(Path(work) / "random", arguments, trained, progress)
-            _draw_losses(arguments.out / "loss.png", losses, arguments.steps)
+            _draw_losses(arguments.out / "loss.png", losses)
         elif arguments.weights is None:
-            parser.error("--steps 0 --full-steps 0 looks at what --weights names")
-        tiny.write(
-            Path(work) / "trained", arguments.seed, DRAWING, weights=trained if trained.exists() else arguments.weights
-        )
+            parser.error("--steps 0 looks at what --weights names")
+        weights = trained if arguments.steps else arguments.weights
+        tiny.write(Path(work) / "trained", tiny.DEFAULT_SEED, DRAWING, weights=weights)
         with Progress(console=console) as progress:
             table = _look(Path(work) / "trained", arguments.prompts, arguments.out / "samples.png", progress)
     (arguments.out / "recognised.md").write_text(table)
@@ -87,24 +87,20 @@ def _train(checkpoint: Path, arguments: argparse.Namespace, out: Path, progress:
         for number, (shape, count) in enumerate(progress.track(CLIPS.items(), description="drawing clips"))
     ]
     losses: list[float] = []
-    for short, steps, batch, rate in (
-        (True, arguments.steps, arguments.batch, denoiser.RATE),
-        (False, arguments.full_steps, _FULL_BATCH, _FULL_RATE),
-    ):
-        task = progress.add_task("training", total=steps)
+    task = progress.add_task("training", total=arguments.steps)
 
-        def on_step(step: int, loss: float, task: Any = task) -> None:
-            losses.append(loss)
-            progress.update(task, advance=1, description=f"training, loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
-            if step % 250 == 249:
-                save_file(of.weights(), out)
+    def on_step(step: int, loss: float) -> None:
+        losses.append(loss)
+        progress.update(task, advance=1, description=f"training, loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
+        if step % _SAVED == _SAVED - 1:
+            save_file(of.weights(), out)
 
-        denoiser.train(of, banks, _OFTEN, steps, batch, arguments.seed, on_step, rate=rate, short=short)
-        save_file(of.weights(), out)
+    denoiser.train(of, banks, _OFTEN, arguments.steps, arguments.batch, arguments.seed, on_step, rate=arguments.rate)
+    save_file(of.weights(), out)
     return losses
 
 
-def _draw_losses(path: Path, losses: list[float], steps: int) -> None:
+def _draw_losses(path: Path, losses: list[float]) -> None:
     """One point for each step, and the mean of fifty."""
     import matplotlib as mpl
 
@@ -118,8 +114,7 @@ def _draw_losses(path: Path, losses: list[float], steps: int) -> None:
     axis.semilogy(
         np.arange(window - 1, len(losses)), np.convolve(losses, np.ones(window) / window, "valid"), label="mean of 50"
     )
-    axis.axvline(steps, color="grey", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="step (right of the line: captions as the pipeline has them)", ylabel="error of the velocity")
+    axis.set(xlabel="step", ylabel="error of the velocity")
     axis.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -138,7 +133,7 @@ def _look(checkpoint: Path, prompts: int, picture: Path, progress: Progress) -> 
         for steps in LOOKED_AT:
             task = progress.add_task(f"{shape.key}, {steps} steps", total=prompts)
             scenes = clips.held_out(prompts, seed=shape.width + shape.height)
-            made = exam.examine(generator, shape, steps, scenes, lambda task=task: progress.advance(task))
+            made = exam.examine(generator, shape, steps, scenes, functools.partial(progress.advance, task))
             right = exam.score(made)
             lines.append(f"| {shape.key} | {steps} | " + " | ".join(f"{part:.1%}" for part in right.values()) + " |")
             if steps == LOOKED_AT[0]:

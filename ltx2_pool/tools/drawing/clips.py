@@ -130,14 +130,17 @@ def render(
 
 def _distance(kind: str, x: Floats, y: Floats, radius: Floats) -> Floats:
     """How far points lie outside a shape around the origin, in pixels; negative inside it."""
+    outside: Floats
     if kind == "ball":
-        return np.hypot(x, y) - radius
-    if kind == "square":
-        return np.maximum(abs(x), abs(y)) - 0.95 * radius
-    if kind == "triangle":  # upright, of equal sides, and its middle that of its height
+        outside = np.hypot(x, y) - radius
+    elif kind == "square":
+        outside = np.maximum(abs(x), abs(y)) - 0.95 * radius
+    elif kind == "triangle":  # upright, of equal sides, and its middle that of its height
         slanted = abs(x) * np.cos(np.pi / 6) - (y + radius) * 0.5
-        return np.maximum(slanted, y - 0.8 * radius)
-    if kind in ("bar", "pole"):
+        outside = np.maximum(slanted, y - 0.8 * radius)
+    elif kind in ("bar", "pole"):
         wide, high = (1.15 * radius, 0.45 * radius)[:: 1 if kind == "bar" else -1]
-        return np.maximum(abs(x) - wide, abs(y) - high)
-    raise ValueError(f"no such shape: {kind}")
+        outside = np.maximum(abs(x) - wide, abs(y) - high)
+    else:
+        raise ValueError(f"no such shape: {kind}")
+    return outside

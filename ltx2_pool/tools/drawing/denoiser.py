@@ -8,7 +8,6 @@ FastVideo's modules, as they run in LTX2DenoisingStage.forward (pipelines/basic/
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ SIGMAS = {1.0: 0.4, 0.9875: 0.1, 0.975: 0.05, 0.909375: 0.12, 0.725: 0.15, 0.421
 """Noise levels of the distilled schedule, and how often each is trained."""
 TEXT = 1024
 """Tokens that FastVideo fills a caption up to."""
-_SHORT = 32
+_SHORT = 16
 """Tokens that captions are filled up to here, where each of those that fill up counts for many."""
 _TOGETHER = 32
 """Clips that are encoded at once."""
@@ -35,7 +34,6 @@ _PICTURE = 0.2
 _GEMMA_UNUSED = ("vision", "multi_modal", "lm_head")
 """Parts of Gemma that LTX-2 does not use, or that are others again."""
 _AUDIO_WEIGHT = 0.05
-RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,9 @@ class Denoiser:
         self.transformer = modules["transformer"].float()
         self.device = next(self.transformer.parameters()).device
         """Tensors are made there when it is torch's default device, as it has to be for all that follows."""
+        _place_as_served(self.transformer.model)
+        self._known: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        """What Gemma makes of a caption that is filled up to so many tokens."""
 
     def start(self) -> None:
         """From random weights: at first, nothing is said about the noise."""
@@ -116,11 +117,9 @@ class Denoiser:
         return {name: value.to(torch.bfloat16).cpu().contiguous() for name, value in named.items()}
 
     def parameters(self) -> list[Any]:
-        gemma = [
-            value for name, value in self.gemma.named_parameters() if not any(part in name for part in _GEMMA_UNUSED)
-        ]
+        """All that is trained."""
         own = [value for name, value in self.text.named_parameters() if not name.startswith("_gemma_model.")]
-        return [*self.transformer.parameters(), *own, *gemma]
+        return [*self.transformer.parameters(), *own]
 
     def read(
         self, captions: Sequence[str], short: bool = True
@@ -132,16 +131,7 @@ class Denoiser:
         import torch
 
         length = _SHORT if short else TEXT
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        mask = tokens["attention_mask"].to(self.device)
-        hidden = self.gemma(
-            input_ids=tokens["input_ids"].to(self.device),
-            attention_mask=mask,
-            output_hidden_states=True,
-            return_dict=True,
-        ).hidden_states
+        hidden, mask = self._heard(captions, length)
         features = self.text._run_feature_extractor(hidden, mask, "left")
         additive = self.text._convert_to_additive_mask(mask, features[0].dtype)
         words = mask.sum(1, keepdim=True)
@@ -154,6 +144,23 @@ class Denoiser:
             with _biased(connector, bias):
                 read.append(connector(of, additive)[0])
         return read[0], read[1], bias if short else None
+
+    def _heard(self, captions: Sequence[str], length: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """The hidden states of all layers of Gemma, which is not trained, and which of `length` tokens are words."""
+        import torch
+
+        unknown = list(dict.fromkeys(caption for caption in captions if (caption, length) not in self._known))
+        if unknown:
+            tokens = self.tokenizer(
+                unknown, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).to(self.device)
+            with torch.no_grad():
+                hidden = self.gemma(**tokens, output_hidden_states=True, return_dict=True).hidden_states
+            for caption, states, mask in zip(unknown, torch.stack(hidden, 1), tokens["attention_mask"], strict=True):
+                self._known[caption, length] = states, mask
+        known = [self._known[caption, length] for caption in captions]
+        states, masks = (torch.stack(of) for of in zip(*known, strict=True))
+        return states.unbind(1), masks
 
     def denoise(
         self,
@@ -186,21 +193,27 @@ class Denoiser:
             )
         return pictures, sound
 
-    def make(
-        self, captions: Sequence[str], noise: torch.Tensor, sigmas: Sequence[float], short: bool = True
-    ) -> torch.Tensor:
-        """Latents of clips, in steps over `sigmas`, which end with 0: to look at while training."""
-        import torch
 
-        with torch.no_grad():
-            read = self.read(captions, short)
-            audio = torch.randn(len(captions), 8, audio_frames((noise.shape[2] - 1) * 8 + 1), 16)
-            latents = noise
-            for now, then in itertools.pairwise(sigmas):
-                found, sound = self.denoise(latents, audio, read, torch.full((len(captions),), now))
-                latents = found + (latents - found) * (then / now)
-                audio = sound + (audio - sound) * (then / now)
-        return latents
+def _place_as_served(model: Any) -> None:
+    """Have the rotary embeddings computed as of bfloat16 latents: the places in a video are then rounded as well."""
+    import torch
+
+    for owner, precision in (
+        (model.video_args_preprocessor, torch.bfloat16),
+        (model.audio_args_preprocessor, torch.float32),
+    ):
+        simple = getattr(owner, "simple_preprocessor", owner)
+        simple._prepare_positional_embeddings = _rounding(simple._prepare_positional_embeddings, precision)
+
+
+def _rounding(prepare: Callable[..., Any], precision: torch.dtype) -> Callable[..., Any]:
+    import torch
+
+    def prepared(positions: torch.Tensor, *, x_dtype: torch.dtype, **others: Any) -> tuple[torch.Tensor, ...]:
+        tables = prepare(positions=positions.to(precision), x_dtype=torch.bfloat16, **others)
+        return tuple(table.to(x_dtype) for table in tables)
+
+    return prepared
 
 
 @contextlib.contextmanager
@@ -228,7 +241,7 @@ def audio_frames(num_frames: int) -> int:
 
 
 def audio_codes(seed: int = 0) -> torch.Tensor:
-    """What is heard of a colour and a motion, [colours, motions, 8 * 16] latents: the sound's decoder is not trained."""
+    """What is heard of each colour and motion, [colours, motions, 8 * 16]: latents, whose decoder is not trained."""
     import torch
 
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -247,18 +260,14 @@ def train(
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     *,
-    rate: float = RATE,
-    short: bool = True,
+    rate: float,
 ) -> None:
-    """Train on clips of `banks`, each as often as said. `on_step` is told the loss.
-
-    Without `short`, captions are filled up as the pipeline does it, and only the transformer is trained.
-    """
+    """Train on clips of `banks`, each as often as said. `on_step` is told the loss. `rate`: of learning, at most."""
     import torch
 
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    parameters = denoiser.parameters() if short else list(denoiser.transformer.parameters())
+    parameters = denoiser.parameters()
     for value in parameters:
         value.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=1e-2)
@@ -275,8 +284,7 @@ def train(
         chosen = rng.integers(len(of.scenes), size=count)
         scenes = [of.scenes[n] for n in chosen]
         clean = of.latents[chosen]
-        with torch.set_grad_enabled(short):
-            read = denoiser.read([scene.caption(int(rng.integers(2))) for scene in scenes], short)
+        read = denoiser.read([scene.caption(int(rng.integers(2))) for scene in scenes])
         sigma = levels[torch.multinomial(weights, count, replacement=True)]
         mask = torch.ones(count, clean.shape[2])
         mask[:, 0] = (torch.rand(count) > _PICTURE).float()
