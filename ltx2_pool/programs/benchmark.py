@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmarks and endurance runs that anyone can repeat; without a model, on the tiny random-weight one."""
+"""Benchmarks and endurance runs that anyone can repeat; without a model, on the tiny one."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ PROMPTS = (
     "a white pole slides left over brown",
 )
 """As ltx2_pool.tools.drawing.clips has them: what the tiny checkpoint can draw."""
-PICTURED = clips.Scene("green", "square", "down", "grey", "grey")
+PICTURED = clips.Scene("green", "triangle", "down", "grey", "grey")
 """The last video starts from the first frame of this one."""
 
 

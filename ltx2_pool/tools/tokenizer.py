@@ -1,4 +1,4 @@
-"""The tokenizer of random-weight checkpoints: a small but real BPE in Gemma's manner, which can encode anything."""
+"""The tokenizer of tiny checkpoints: a small but real BPE in Gemma's manner, which can encode anything."""
 
 from __future__ import annotations
 

@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ltx2_pool.model import mp4
+from ltx2_pool.programs import demo
 from ltx2_pool.tools import stack
+from ltx2_pool.tools.drawing import clips, recogniser
 from tests.documents import Command, commands
 from tests.paths import REPOSITORY
 
@@ -95,3 +98,8 @@ def test_the_demo_shows_cold_and_hot_videos(model, baked, tmp_path):
     assert [row[2].strip() for row in rows] == ["cold", "cold", "hot", "picture"]
     assert len(list(out.glob("*.mp4"))) == 4
     assert (out / "contact-sheet.png").read_bytes().startswith(b"\x89PNG")
+    known = {scene.caption(phrase): scene for scene in clips.scenes() for phrase in (0, 1)}
+    asked = zip((row[1].strip() for row in rows), (*demo.PROMPTS, demo.PICTURED.caption()), strict=True)
+    for (shape, prompt), state in zip(asked, ("cold", "cold", "hot", "picture"), strict=True):
+        video = mp4.thumbnails((out / f"{shape.replace('@', '_')}-{state}.mp4").read_bytes(), 9)
+        assert recogniser.recognise(np.stack(video)).agrees(known[prompt]), prompt
