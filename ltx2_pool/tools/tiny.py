@@ -42,7 +42,7 @@ def write(
     """Write a checkpoint into a new directory; it appears there only when it is complete.
 
     The same seed and dimensions give the same bytes on the same kind of device. `weights`: a file like
-    :data:`WEIGHTS`; what is not in it is random. Raises OSError, and ValueError when they are of other dimensions.
+    :data:`WEIGHTS`; what is not in it is random. Raises OSError, and ValueError when they do not fit.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}")
@@ -58,7 +58,7 @@ class _Writer:
         self, root: Path, seed: int, dimensions: Dimensions, kind: TinyKind, version: Version, weights: Path | None
     ) -> None:
         import torch
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
         from ltx2_pool.model.platform import prepare_platform
 
@@ -67,7 +67,12 @@ class _Writer:
         self.d = dimensions
         self.kind = kind
         self.version = version
-        self.trained: dict[str, torch.Tensor] = load_file(weights) if weights else {}
+        self.trained: dict[str, torch.Tensor] = {}
+        self.vocabulary = ""
+        if weights is not None:
+            with safe_open(weights, "pt") as file:
+                self.trained = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                self.vocabulary = file.metadata()["vocabulary"]
         small = dimensions in (TINY, DRAWING)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not small else "cpu")
         self.random = torch.Generator(self.device).manual_seed(seed)
@@ -81,7 +86,10 @@ class _Writer:
         self._component("audio_vae", config, self._fill(state))
         config, state = components.vocoder(self.d, self.version)
         self._component("vocoder", config, self._fill(state))
-        self._text_encoder(len(tokenizer.write(self.root)))
+        words = tokenizer.write(self.root)
+        if self.vocabulary and self.vocabulary != tokenizer.digest(words):
+            raise ValueError("the weights were trained with another vocabulary: run ltx2_pool.tools.train_tiny again")
+        self._text_encoder(len(words))
         config, state = components.spatial_upsampler(self.d)
         self._component(UPSAMPLER, config, self._fill(state))
         classes = {

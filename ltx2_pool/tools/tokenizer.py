@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,8 @@ def write(root: Path) -> Any:
     tokenizer.save_pretrained(root / "tokenizer")
     tokenizer.save_pretrained(root / "text_encoder" / "gemma")
     return tokenizer
+
+
+def digest(tokenizer: Any) -> str:
+    """Of which number each token has: weights that were trained with one vocabulary read another as nonsense."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

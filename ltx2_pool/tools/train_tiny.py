@@ -25,11 +25,11 @@ with extra("tools"):
     from ltx2_pool.tools import terminal, tiny
     from ltx2_pool.tools.dimensions import DRAWING
 
-CLIPS = {Shape(64, 64, 9): 3500, Shape(96, 64, 17): 1000, Shape(64, 96, 9): 1500}
+CLIPS = {Shape(64, 64, 9): 5000, Shape(96, 64, 17): 3000, Shape(64, 96, 9): 3000}
 """Sizes that are trained, and how many clips of each are drawn."""
 LOOKED_AT = (2, 4, 8)
 """Steps with which clips are looked at: the menu's, and what the schedule has."""
-_OFTEN = (0.5, 0.2, 0.3)
+_OFTEN = (0.4, 0.3, 0.3)
 _SAVED = 250
 """Steps after which the weights are written, so that what is interrupted is not lost."""
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for weights.safetensors and all else")
     parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=5000, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=8000, help="default %(default)s")
     parser.add_argument("--rate", type=float, default=2e-3, help="of learning, at most (default %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="clips of 64x64@9f in a step (default %(default)s)")
     parser.add_argument("--prompts", type=int, default=200, help="to look at, of each shape (default %(default)s)")
@@ -72,8 +72,6 @@ def _train(checkpoint: Path, arguments: argparse.Namespace, out: Path, progress:
     from ltx2_pool.model import engine  # before torch and FastVideo
 
     import torch  # isort: skip
-    from safetensors.torch import save_file
-
     from ltx2_pool.tools.drawing import denoiser
 
     modules = engine.build_generator(Recipe(model_path=str(checkpoint), compile=False)).modules
@@ -93,10 +91,10 @@ def _train(checkpoint: Path, arguments: argparse.Namespace, out: Path, progress:
         losses.append(loss)
         progress.update(task, advance=1, description=f"training, loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
         if step % _SAVED == _SAVED - 1:
-            save_file(of.weights(), out)
+            of.save(out)
 
     denoiser.train(of, banks, _OFTEN, arguments.steps, arguments.batch, arguments.seed, on_step, rate=arguments.rate)
-    save_file(of.weights(), out)
+    of.save(out)
     return losses
 
 

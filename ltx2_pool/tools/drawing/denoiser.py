@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,6 +116,16 @@ class Denoiser:
             if not any(part in name for part in _GEMMA_UNUSED):
                 named[f"gemma.{name}"] = value
         return {name: value.to(torch.bfloat16).cpu().contiguous() for name, value in named.items()}
+
+    def save(self, path: Path) -> None:
+        """Write :meth:`weights` as ltx2_pool/tools/tiny.py reads them; what was there before stays until then."""
+        from safetensors.torch import save_file
+
+        from ltx2_pool.tools import tokenizer
+
+        partial = path.with_suffix(".partial")
+        save_file(self.weights(), partial, metadata={"vocabulary": tokenizer.digest(self.tokenizer)})
+        partial.replace(path)
 
     def parameters(self) -> list[Any]:
         """All that is trained."""
