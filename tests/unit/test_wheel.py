@@ -58,14 +58,17 @@ def run(environment: Path, directory: Path, *command: str) -> subprocess.Complet
     )
 
 
-def test_the_wheel_has_every_module_the_page_and_the_tiny_menu_and_nothing_else(wheel):
+def test_the_wheel_has_every_module_the_page_and_the_tiny_models_and_nothing_else(wheel):
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = REPOSITORY / "ltx2_pool"
     modules = {str(path.relative_to(REPOSITORY)) for path in package.rglob("*.py")}
     page = {
         f"ltx2_pool/gateway/{name}" for name in ("openapi.yaml", "page/index.html", "page/page.css", "page/page.js")
     }
-    assert inside == {*modules, *page, "ltx2_pool/tools/tiny.yaml"}
+    tools = {
+        f"ltx2_pool/tools/{name}" for name in ("tiny.yaml", "drawing/weights.safetensors", "drawing/model-card.md")
+    }
+    assert inside == modules | page | tools
 
 
 def test_the_package_is_the_installed_one(environment, tmp_path):

@@ -41,7 +41,6 @@ class _Shape:
     colour: clips.Floats
     box: tuple[int, int, int, int]
     """Left, upper, right and lower edge."""
-    area: float
 
 
 def recognise(frames: npt.NDArray[np.uint8]) -> Seen:
@@ -82,7 +81,7 @@ def _find(frame: clips.Floats) -> _Shape | None:
     if mask.mean() < _LEAST or len(rows_in) < 4 or len(columns_in) < 4:
         return None
     box = int(columns_in[0]), int(rows_in[0]), int(columns_in[-1]) + 1, int(rows_in[-1]) + 1
-    return _Shape(cover, colour, box, float(cover.sum()))
+    return _Shape(cover, colour, box)
 
 
 def _mean(shapes: list[_Shape | None]) -> tuple[float, float, float] | None:
