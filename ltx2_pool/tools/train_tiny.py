@@ -2,7 +2,7 @@
 
 OUT gets the weights, a picture of the loss, one of clips for prompts that were not trained on, and a table of how many
 of these are recognised. The same seed gives the same weights on the same kind of device. On one core of a CPU it takes
-about twenty minutes.
+half an hour, and a quarter more to look.
 """
 
 from __future__ import annotations
