@@ -116,6 +116,7 @@ def test_sigterm_lets_the_running_job_finish(make_stack):
     tree = family(worker)
     answer = in_background(lambda: worker.create(size=A.size, nvext={"num_inference_steps": 50}))
     wait(lambda: worker.status()["running"])
+    assert worker.create(size="1x1").status_code == 400  # the job's way back to the frontend is open, as this one's is
     assert worker.stop_worker() == 0
     assert answer.result(60).status_code == 200
     assert alive(tree) == []

@@ -214,9 +214,10 @@ LONG = {"num_inference_steps": 50}
 
 
 def in_work(stack: Stack) -> Future[httpx.Response]:
-    """A long job that is being made."""
+    """A long job that is being made, and whose way back to the frontend is open, as that of a later request is."""
     answer = in_background(lambda: request(stack, A, **LONG))
     wait(lambda: stack.status()["running"])
+    assert stack.create(size="1x1").status_code == 400
     return answer
 
 

@@ -97,6 +97,7 @@ def test_the_first_sigterm_drains(own, tmp_path):
     stack = own()
     job = in_background(lambda: stack.create("hold"))
     wait(lambda: stack.status()["running"])
+    assert stack.create("fine", size="1x1").status_code == 400  # the job's way back is open, as this one's is
     stack.worker.send_signal(signal.SIGTERM)
     wait(lambda: stack.create("fine").status_code in (404, 503))
     (tmp_path / "release").touch()

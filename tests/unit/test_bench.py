@@ -132,7 +132,7 @@ def test_the_page_of_something_else_is_refused(text):
 
 def test_a_simulated_fleet_is_shown_written_and_drawn(tmp_path, capsys):
     options_ = ["--workers", "2", "--keys", "4", "--places", "2", "--duration", "300", "--load", "0.3"]
-    names = "load image compare spawn chaos fuzz kinds pictures polling fleet calibrate overhead menu-report"
+    names = "load image compare spawn chaos fuzz kinds pictures polling fleet calibrate overhead soak menu-report"
     commands = dict.fromkeys(names.split(), lambda *_: 0)
     arguments = options.parser("benchmark.py", "", commands).parse_args(["fleet", *options_, "--out", str(tmp_path)])
     question = fleet.ask(arguments)
