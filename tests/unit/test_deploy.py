@@ -168,6 +168,7 @@ def test_a_rollout_always_leaves_a_router_and_all_workers_but_one():
     assert router["replicas"] >= 2
     assert router["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
     pod = router["template"]["spec"]
+    assert router["progressDeadlineSeconds"] > pod["terminationGracePeriodSeconds"]
     assert pod["terminationGracePeriodSeconds"] > RouterSettings.model_fields["drain_timeout"].default
     (container,) = pod["containers"]
     for probe in ("startupProbe", "readinessProbe"):
