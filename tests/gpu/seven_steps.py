@@ -209,7 +209,7 @@ def main() -> int:
         parser.error("--number must be 3 or more: step 4 needs a third shape")
     arguments.out.mkdir(parents=True, exist_ok=True)
     menu = Menu.load(arguments.shapes)
-    menu = dataclasses.replace(menu, shapes=menu.shapes[: arguments.number])
+    menu = dataclasses.replace(menu, offers=menu.offers[: arguments.number])
     with tempfile.TemporaryDirectory(prefix="ltx2-steps-") as scratch:
         cache_root = arguments.cache_root or Path(scratch) / "cache"
         run = Run(arguments.model, menu, cache_root, Path(scratch), arguments.out)
