@@ -130,7 +130,7 @@ def test_weights_are_held_once_and_nobody_changes_them(model, baked, tmp_path):
                 if number == 0:
                     everybody = [host.weights["cpu"].pid, *(process.pid for process in started)]
                     held = sum(pss_of_weights(pid) for pid in everybody)
-                    assert held == pytest.approx(checkpoint, rel=0.1)
+                    assert 0.8 * checkpoint < held < 1.1 * checkpoint  # what no video reads is in nobody's memory
                     assert all(process.memory.weights == 0 for process in started)
             assert await host.weights["cpu"].checksum() == before
 

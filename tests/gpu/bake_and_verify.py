@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.paths import REPOSITORY
 
@@ -77,7 +78,7 @@ def machine() -> dict[str, str]:
     return {"date": time.strftime("%Y-%m-%d"), "device": device, "python": platform.python_version(), **versions}
 
 
-def _markdown(result: dict) -> str:
+def _markdown(result: dict[str, Any]) -> str:
     lines = [
         "| " + " | ".join(result["machine"]) + " |",
         "|" + "---|" * len(result["machine"]),

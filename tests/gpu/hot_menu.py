@@ -111,14 +111,15 @@ class Run:
             process = host.process(Key(shape))
             began = time.monotonic()
             ready = await host.start_process(process)
-            entry = {"fork_to_ready_s": time.monotonic() - began, "attach_s": ready.load_s, "videos_s": []}
+            videos_s: list[float] = []
+            entry = {"fork_to_ready_s": time.monotonic() - began, "attach_s": ready.load_s, "videos_s": videos_s}
             for _ in range(3):
                 job = self.job(shape)
                 output = self.videos / f"{job.id}.mp4"
                 output.touch()
                 began = time.monotonic()
                 await process.generate(job, output, lambda _: None)
-                entry["videos_s"].append(time.monotonic() - began)
+                videos_s.append(time.monotonic() - began)
             process.kill()
             await process.exited()
             self.report["forks"].append(entry)
@@ -192,7 +193,8 @@ class Run:
         """Kill one shape's process; videos of another until it is back, which makes the same bytes as before."""
         hot, other = (Shape.parse(key) for key in ASKED)
         os.kill(self.pid(pool, other), signal.SIGKILL)
-        began, seconds = time.monotonic(), []
+        began = time.monotonic()
+        seconds: list[float] = []
         while not seconds or not _ready(pool, other):
             since = time.monotonic()
             await pool.generate(self.job(hot), lambda _: None)

@@ -91,8 +91,13 @@ def serve(connection_fd: int, desk_fd: int | None = None) -> None:
                 torch.cuda.synchronize()
         return generate(self, job, *rest)
 
-    vmm.attach, weights.borrow, engine.Generator.generate = timed_attach, timed_borrow, misbehaving
-    child.serve(connection_fd, desk_fd)
+    for owner, name, other in (
+        (vmm, "attach", timed_attach),
+        (weights, "borrow", timed_borrow),
+        (engine.Generator, "generate", misbehaving),
+    ):
+        setattr(owner, name, other)
+    child.serve(connection_fd, *(() if desk_fd is None else (desk_fd,)))
 
 
 def serve_by_ipc(connection_fd: int, desk_fd: int | None = None) -> None:
@@ -187,9 +192,11 @@ class Run:
         async with self._host(program) as host:
             with self.step(f"{name}: start", needed=True) as entry:
                 await asyncio.wait_for(host.prepare(), self.left())
-                assert host.lending("cpu") is not None
-                entry["lending"] = host.lending("cpu").model_dump()
-                entry["said"] = [line for line in host.weights["cpu"]._process.tail if "CUDA IPC" in line]
+                lending, lender = host.lending("cpu"), host.weights["cpu"]._process
+                assert lending is not None
+                assert lender is not None
+                entry["lending"] = lending.model_dump()
+                entry["said"] = [line for line in lender.tail if "CUDA IPC" in line]
                 assert bool(entry["said"]) == (self.on_device and program == "serve_by_ipc")
                 entry["checksum"] = checksum = await asyncio.wait_for(host.weights["cpu"].checksum(), self.left())
                 entry["device_mib"] = _settled()
@@ -253,6 +260,7 @@ class Run:
 
     async def _start(self, host: ProcessHost) -> ShapeProcess:
         process = host.process(Key(self.shape))
+        assert isinstance(process, ShapeProcess)
         cache = CacheDirs.of(self.work / "lent", Key(self.shape))
         await asyncio.wait_for(host.start_process(process, (), cache), self.left())
         return process

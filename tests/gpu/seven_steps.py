@@ -145,6 +145,7 @@ class Run:
         with self.step("7 LTX2_POOL_MODE unset") as entry, self.stack("plain") as running:
             _, entry["compiling_s"] = self.video(running, a, "7 in-process")
             entry["hot_s"] = self.video(running, a, "7 in-process")[1]
+            assert running.worker is not None
             assert set(pids(running).values()) == {running.worker.pid}
 
     def all_hot(self) -> None:

@@ -39,6 +39,10 @@ PARTS = ("rivals", "profile", "precision")
 SHAPES = ("1920x1088@121f", "768x512@121f")
 
 
+def _mark(marks: list[float], _phase: str) -> None:
+    marks.append(time.perf_counter())
+
+
 def profile(recipe: Recipe, shapes: Sequence[Shape], steps: int, cache_root: Path) -> None:
     """Print one JSON line for each shape. In a process of its own."""
     os.environ.update(recipe.environment(CacheDirs(cache_root)))
@@ -57,12 +61,12 @@ def profile(recipe: Recipe, shapes: Sequence[Shape], steps: int, cache_root: Pat
             continue
         marks: list[float] = []
         with profiler(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
-            generator.generate(job, on_phase=lambda _phase, marks=marks: marks.append(time.perf_counter()))
+            generator.generate(job, on_phase=functools.partial(_mark, marks))
             wall = time.perf_counter() - marks[0]
         walls = []
         for _ in range(5):
             marks.clear()
-            generator.generate(job, on_phase=lambda _phase, marks=marks: marks.append(time.perf_counter()))
+            generator.generate(job, on_phase=functools.partial(_mark, marks))
             walls.append(time.perf_counter() - marks[0])
         events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         spans = sorted((event.time_range.start, event.time_range.end, event.name[:60]) for event in events)
@@ -96,7 +100,7 @@ def profile(recipe: Recipe, shapes: Sequence[Shape], steps: int, cache_root: Pat
     channels = vae.config["vae"].get("latent_channels", 128)
     torch.manual_seed(0)
     size = ((decoded.num_frames - 1) // 8 + 1, decoded.height // 32, decoded.width // 32)
-    smooth = torch.randn(1, channels, 3, 3, 3, device=generator._decoder._enter.weight.device)
+    smooth = torch.randn(1, channels, 3, 3, 3, device=next(vae.parameters()).device)
     latents = torch.nn.functional.interpolate(smooth, size=size, mode="trilinear", align_corners=True).bfloat16()
     with torch.no_grad():
         ours = torch.cat([part.cpu() for part in generator._frames(latents)]).float()
@@ -173,7 +177,7 @@ def precision(recipe: Recipe, shape: Shape, steps: int) -> None:
             into.append(given.float().cpu())
             return decode(given)
 
-        generator._frames = last  # type: ignore[method-assign]
+        generator._frames = last  # type: ignore[method-assign, assignment]
         generator.modules["transformer"].register_forward_pre_hook(note, with_kwargs=True)
         generator.generate(job)
         device = next(generator.modules["vae"].parameters()).device

@@ -66,7 +66,8 @@ def test_the_wheel_has_every_module_the_page_and_the_tiny_models_and_nothing_els
         f"ltx2_pool/gateway/{name}" for name in ("openapi.yaml", "page/index.html", "page/page.css", "page/page.js")
     }
     tools = {
-        f"ltx2_pool/tools/{name}" for name in ("tiny.yaml", "drawing/weights.safetensors", "drawing/model-card.md")
+        f"ltx2_pool/tools/{name}"
+        for name in ("tiny.yaml", "kinds.yaml", "drawing/weights.safetensors", "drawing/model-card.md")
     }
     assert inside == modules | page | tools
 
