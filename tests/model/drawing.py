@@ -37,7 +37,9 @@ def main() -> None:
 
 
 def from_pictures(generator: Any) -> list[tuple[float, bool]]:
-    """dB of first frames to the pictures that they are to be, and whether the clips show what was asked for."""
+    """dB of first frames to what the autoencoder has of the pictures that they are to be, and whether the clips show
+    what was asked for.
+    """
     from ltx2_pool.tools.drawing import exam, recogniser
 
     found = []
@@ -46,7 +48,7 @@ def from_pictures(generator: Any) -> list[tuple[float, bool]]:
         picture = Picture("0" * 64)
         job = Job("p", SHAPE, scene.caption(), number, STEPS, 1.0, 24, pictures=(picture,))
         generator.generate(job, sink := exam.Sink(), pixels=[memoryview(first.tobytes())])
-        error = np.mean((sink.video[0].astype(float) - first) ** 2)
+        error = np.mean((sink.video[0] - recogniser.softened(first.astype(np.float32))) ** 2)
         found.append((10 * float(np.log10(255**2 / error)), recogniser.recognise(sink.video).agrees(scene)))
     return found
 

@@ -28,9 +28,9 @@ def drawn(quantization: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("quantization", ["", "FP8"])
 def test_clips_show_what_prompts_say_that_were_not_trained_on(quantization):
     found = drawn(quantization)
-    assert found["all"] >= 0.9
+    assert found["all"] >= 0.95
     assert found["mixed_up"] < 0.2  # the same clips, each looked at for another one's prompt
-    assert all(nearness > 20 for nearness, _ in found["from_pictures"])
-    assert sum(right for _, right in found["from_pictures"]) >= 6
+    assert all(nearness > 30 for nearness, _ in found["from_pictures"])
+    assert sum(right for _, right in found["from_pictures"]) >= 7
     if not quantization:
         assert found["apart"] < 0.1, "the training no longer computes what the engine does"

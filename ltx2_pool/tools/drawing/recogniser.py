@@ -116,7 +116,7 @@ def _boxed(shape: _Shape) -> clips.Floats:
     return shape.cover[np.ix_(rows, columns)]
 
 
-def _softened(frame: clips.Floats) -> clips.Floats:
+def softened(frame: clips.Floats) -> clips.Floats:
     """A frame of which squares of 8 x 8 pixels are known, as the tiny autoencoder has them."""
     height, width = frame.shape[:2]
     squares = frame.reshape(height // 8, 8, width // 8, 8, 3).mean(axis=(1, 3))
@@ -145,7 +145,7 @@ def _templates(kind: str) -> clips.Floats:
     for number in range(12):
         scene = clips.Scene("white", kind, ("left", "up", "grows")[number % 3], "black", "black")
         for frame in clips.render(scene, 64, 64, 3, number / 11, number * 5 % 12 / 11)[::2].astype(np.float32):
-            found += [_find(frame), _find(_softened(frame))]
+            found += [_find(frame), _find(softened(frame))]
     return np.stack([_boxed(shape) for shape in found if shape is not None])
 
 
