@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ltx2_pool.words import protocol
@@ -80,12 +80,36 @@ def test_garbage_is_a_protocol_error(payload):
         protocol.decode_from_child(payload)
 
 
+@pytest.mark.parametrize(
+    ("payload", "shown"), [(b"", "b''"), (b"x" * 80, f"b'{'x' * 80}'"), (b"x" * 81, f"b'{'x' * 80}'")]
+)
+@pytest.mark.parametrize("decode", [protocol.decode_from_child, protocol.decode_from_parent])
+def test_the_error_shows_the_beginning_of_what_is_no_message_and_says_why(decode, payload, shown):
+    with pytest.raises(ProtocolError, match=rf"^not a message: {shown}: Invalid JSON: "):
+        decode(payload)
+
+
+@pytest.mark.parametrize("length", [1, protocol.MAX_MESSAGE])
+def test_the_shortest_and_the_longest_message_may_come(length):
+    assert protocol.payload_length(protocol.HEADER.pack(length)) == length
+
+
 @given(st.integers(-(2**31), 2**31 - 1).filter(lambda n: not 0 < n <= protocol.MAX_MESSAGE))
+@example(0)
+@example(protocol.MAX_MESSAGE + 1)
 def test_an_impossible_length_is_a_protocol_error(length):
-    with pytest.raises(ProtocolError):
+    with pytest.raises(ProtocolError, match=f"^a frame of {length} bytes was announced \\(at most 4194304 are allowed"):
         protocol.payload_length(protocol.HEADER.pack(length))
 
 
 def test_an_unknown_field_is_a_protocol_error():
     with pytest.raises(ProtocolError):
         protocol.decode_from_child(b'{"type": "ping", "more": 1}')
+
+
+def test_a_jobs_look_ups_are_those_of_the_process_without_the_ones_before():
+    before = Compiled(graph_hits=1, graph_misses=2, autograd_hits=3, autograd_misses=4, bypasses=5)
+    after = Compiled(graph_hits=11, graph_misses=22, autograd_hits=33, autograd_misses=44, bypasses=55)
+    made = after.since(before)
+    assert made == Compiled(graph_hits=10, graph_misses=20, autograd_hits=30, autograd_misses=40, bypasses=50)
+    assert made.misses == 20 + 40 + 50

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from ltx2_pool.words.menu import Menu, Offer
 from ltx2_pool.words.pictures import Picture
-from ltx2_pool.words.requests import Job, Limits, Reference, RequestError, parse, warm_up
+from ltx2_pool.words.requests import (
+    MAX_SEED,
+    MAX_USER_CHARS,
+    Delivery,
+    Job,
+    Limits,
+    Reference,
+    RequestError,
+    parse,
+    warm_up,
+)
 from ltx2_pool.words.shapes import Key, Shape
 
 MENU = Menu.of(
@@ -74,54 +84,111 @@ def test_the_shape_that_a_request_means(fields, key):
     assert ask(**fields)[0].shape.key == key
 
 
+SIZES = "choose 768x512, 1280x736, 736x1280 or 1920x1088"
+CLIPS = "choose 5.04 s (121 frames) or 10 s (241 frames)"
+
+
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": " \n\t"}, "prompt is empty"),
-        ({"prompt": "x" * 4001}, "4001 characters; at most 4000"),
-        ({"prompt": "a\0b"}, "not text"),
-        ({"prompt": "\ud800"}, "not text"),
-        ({"prompt": None}, "prompt"),
-        ({"nvext": {"negative_prompt": "x" * 5000}}, "negative_prompt has 5000"),
-        ({"size": "banana"}, r"size 'banana' is not on the menu: choose 768x512, 1280x736, 736x1280 or 1920x1088"),
-        ({"size": "100x100"}, "not on the menu"),
-        ({"size": "-768x512"}, "not on the menu"),
-        ({"size": ""}, "not on the menu"),
-        ({"size": "7" * 300}, r"\.\.\.' is not on the menu"),
-        ({"seconds": 7}, r"seconds 7 is not offered for 768x512: choose 5.04 s \(121 frames\) or 10 s \(241 frames\)"),
-        ({"seconds": 10, "size": "1280x736"}, "choose 5.04 s"),
-        ({"seconds": 0}, "not offered"),
-        ({"seconds": -5}, "not offered"),
-        ({"nvext": {"num_frames": 120}}, "num_frames 120 is not offered for 768x512: choose 121 or 241"),
-        ({"nvext": {"num_inference_steps": 0}}, "from 1 to 50, .*not 0"),
-        ({"nvext": {"num_inference_steps": 1000}}, "from 1 to 50"),
-        ({"nvext": {"fps": 30}}, "fps must be 24"),
-        ({"nvext": {"guidance_scale": 5.0}}, "guidance_scale must be 1"),
-        ({"nvext": {"guidance_scale": float("nan")}}, "guidance_scale must be 1"),
-        ({"nvext": {"seed": -1}}, "seed must be from 0"),
-        ({"nvext": {"seed": 2**40}}, "seed must be from 0"),
-        ({"nvext": {"seed": "abc"}}, r"nvext\.seed"),
-        ({"response_format": "url"}, "no media store"),
-        ({"response_format": "hologram"}, "response_format 'hologram' is unknown"),
-        ({"output_format": "avi"}, "output_format 'avi' is not supported"),
+        ({"prompt": "x" * 4001}, "prompt has 4001 characters; at most 4000 are allowed"),
+        *[({"prompt": text}, "prompt has characters that are not text") for text in ("a\0b", "\ud800", "\udfff")],
+        (
+            {"nvext": {"negative_prompt": "x" * 5000}},
+            "nvext.negative_prompt has 5000 characters; at most 4000 are allowed",
+        ),
+        ({"nvext": {"negative_prompt": "a\0b"}}, "nvext.negative_prompt has characters that are not text"),
+        ({"size": "banana"}, f"size 'banana' is not on the menu: {SIZES}"),
+        ({"size": "100x100"}, f"size '100x100' is not on the menu: {SIZES}"),
+        ({"size": "-768x512"}, f"size '-768x512' is not on the menu: {SIZES}"),
+        ({"size": ""}, f"size '' is not on the menu: {SIZES}"),
+        ({"size": "7" * 80}, f"size '{'7' * 80}' is not on the menu: {SIZES}"),
+        ({"size": "7" * 81}, f"size '{'7' * 77}...' is not on the menu: {SIZES}"),
+        ({"size": "７x７\n"}, rf"size '\uff17x\uff17\n' is not on the menu: {SIZES}"),
+        ({"seconds": 7}, f"seconds 7 is not offered for 768x512: {CLIPS}"),
+        ({"seconds": 10, "size": "1280x736"}, "seconds 10 is not offered for 1280x736: choose 5.04 s (121 frames)"),
+        ({"seconds": 0}, f"seconds 0 is not offered for 768x512: {CLIPS}"),
+        ({"seconds": -5}, f"seconds -5 is not offered for 768x512: {CLIPS}"),
+        ({"nvext": {"num_frames": 120}}, "nvext.num_frames 120 is not offered for 768x512: choose 121 or 241"),
+        (
+            {"nvext": {"num_inference_steps": 0}},
+            "nvext.num_inference_steps must be from 1 to 50, the model's schedule, not 0",
+        ),
+        (
+            {"nvext": {"num_inference_steps": 51}},
+            "nvext.num_inference_steps must be from 1 to 50, the model's schedule, not 51",
+        ),
+        ({"nvext": {"fps": 30}}, "nvext.fps must be 24: the audio track's length is part of the compiled shape"),
+        *[
+            ({"nvext": {"guidance_scale": scale}}, "nvext.guidance_scale must be 1: the model is distilled for it")
+            for scale in (5.0, float("nan"))
+        ],
+        ({"nvext": {"seed": -1}}, "nvext.seed must be from 0 to 4294967295, not -1"),
+        ({"nvext": {"seed": 2**32}}, "nvext.seed must be from 0 to 4294967295, not 4294967296"),
+        (
+            {"response_format": "url"},
+            "response_format url is not available: this worker has no media store; use b64_json",
+        ),
+        ({"response_format": "hologram"}, "response_format 'hologram' is unknown: choose b64_json or url"),
+        ({"output_format": "avi"}, "output_format 'avi' is not supported: use mp4"),
         (more(sieze="1x1"), "unknown field: 'sieze'"),
         (more(b=None, a=1), "unknown fields: 'a, b'"),
         (more(input_reference_strength=0.5), "input_reference_strength is given, but no input_reference"),
         (more(last_frame_strength=0.5), "last_frame_strength is given, but no last_frame_reference"),
-        (more(last_frame_reference=5), "last_frame_reference: "),
-        (more(last_frame_strength="strong"), "last_frame_strength: "),
         *[
-            ({"input_reference": PICTURE, **more(input_reference_strength=strength)}, "must be above 0 and at most 1")
+            (
+                {"input_reference": PICTURE, **more(input_reference_strength=strength)},
+                f"input_reference_strength must be above 0 and at most 1, not {strength:g}",
+            )
             for strength in (0, -0.5, 1.01, float("inf"), float("nan"))
         ],
-        (more(last_frame_reference=PICTURE, last_frame_strength=0), "last_frame_strength must be above 0"),
-        ({"input_reference": ["x"]}, "input_reference: "),
+        (
+            more(last_frame_reference=PICTURE, last_frame_strength=0),
+            "last_frame_strength must be above 0 and at most 1, not 0",
+        ),
     ],
 )
 def test_a_mistake_is_refused_with_its_reason(fields, why):
-    with pytest.raises(RequestError, match=why):
+    with pytest.raises(RequestError) as caught:
         ask(**fields)
+    assert str(caught.value) == why
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"nvext": {"seed": "abc"}}, "nvext.seed"),
+        ({"input_reference": ["x"]}, "input_reference"),
+        (more(last_frame_reference=5), "last_frame_reference"),
+        (more(last_frame_strength="strong"), "last_frame_strength"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_its_fields_name(fields, name):
+    with pytest.raises(RequestError, match=rf"^{name}: Input should be "):
+        ask(**fields)
+
+
+def test_what_is_just_allowed_is_taken_as_it_is():
+    prompt, negative = "\ud7ff" + "x" * 3998 + "\ue000", "y" * 4000
+    for steps, seed in ((1, 0), (50, MAX_SEED)):
+        job, _, _ = ask(
+            prompt=prompt, nvext={"num_inference_steps": steps, "seed": seed, "negative_prompt": negative, "fps": 24}
+        )
+        assert (job.prompt, job.negative_prompt, job.steps, job.seed) == (prompt, negative, steps, seed)
+
+
+def test_prompts_are_taken_without_the_space_around_them():
+    job, _, _ = ask(prompt=" a fox\n", nvext={"negative_prompt": "\ta dog "})
+    assert (job.id, job.prompt, job.negative_prompt) == ("id", "a fox", "a dog")
+    assert ask()[0].negative_prompt == ""
+
+
+def test_a_distilled_checkpoint_takes_its_own_guidance_also_where_that_is_above_the_most():
+    menu = replace(MENU, guidance=3.0)
+    assert ask(menu=menu)[0].guidance == ask(menu=menu, nvext={"guidance_scale": 3})[0].guidance == 3.0
 
 
 @pytest.mark.parametrize(
@@ -269,9 +336,9 @@ def test_no_two_jobs_of_different_videos_have_one_comment(change):
 
 @pytest.mark.parametrize("offer", VARIANTS.offers, ids=lambda offer: str(offer.key))
 def test_a_warm_up_is_by_the_menus_parameters_and_meets_a_picture_where_one_may_come(offer):
-    text, *rest = warm_up(VARIANTS, offer)
-    assert (text.key, text.refine, text.steps, text.guidance, text.fps) == (offer.key, offer.refine, 1, 1.0, 24)
-    assert not text.pictures
+    menu = replace(VARIANTS, seed=7, guidance=3.0, fps=25)
+    text, *rest = warm_up(menu, offer)
+    assert text == Job("warm-up", offer.shape, "a warm-up", 7, 1, 3.0, 25, variant=offer.variant, refine=offer.refine)
     assert rest == ([replace(text, pictures=(Picture(""),))] if offer.image else [])
 
 
@@ -279,9 +346,19 @@ def test_unknown_nvext_fields_are_ignored_as_dynamo_does():
     assert ask(nvext={"annotations": ["x"], "nonsense": 1}) == ask()
 
 
-def test_delivery():
-    assert ask(Limits(urls=True), response_format="url")[1].as_url
-    assert ask(stream=True, output_format="MP4")[1].stream
+@pytest.mark.parametrize(
+    ("fields", "delivery"),
+    [
+        ({}, Delivery()),
+        ({"response_format": "b64_json", "output_format": "mp4", "stream": False, "user": " "}, Delivery()),
+        ({"response_format": "url"}, Delivery(as_url=True)),
+        ({"stream": True, "output_format": "MP4"}, Delivery(stream=True)),
+        ({"user": " somebody "}, Delivery(user="somebody")),
+        ({"user": "x" * 300}, Delivery(user="x" * MAX_USER_CHARS)),
+    ],
+)
+def test_the_delivery_that_a_request_means(fields, delivery):
+    assert ask(Limits(urls=True), **fields)[1] == delivery
 
 
 JSON = st.recursive(
