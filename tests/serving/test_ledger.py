@@ -122,6 +122,27 @@ def test_a_shape_that_was_never_measured_and_ran_out_is_unknown_above_what_large
     assert ledger.need(SMALL, Phase.GENERATING) == Need(50)
 
 
+@pytest.mark.parametrize(
+    ("seen", "need"), [([], UNKNOWN), ([LARGE], Need(40)), ([SMALL], Need(50)), ([SMALL, LARGE], Need(50))]
+)
+def test_a_start_that_runs_out_while_the_weights_load_says_only_that_it_takes_more_than_was_seen(seen, need):
+    ledger = ledger_of(None)
+    for key in seen:
+        ledger.observe(key, MEMORY)
+    ledger.ran_out(ledger.reserve(1, SMALL, ("d0",)))
+    assert ledger.need(SMALL, Phase.SPAWNING) == need
+
+
+def test_what_loads_beside_it_is_not_known_to_have_taken_anything():
+    ledger = ledger_of(None)
+    ledger.observe(SMALL, MEMORY)
+    ledger.reserve(1, SMALL, ("d0",))
+    ledger.set_budget("d0", 100)
+    entry = ledger.reserve(2, SMALL, ("d0",))
+    ledger.ran_out(entry)
+    assert ledger.need(SMALL, Phase.SPAWNING) == Need(100)
+
+
 def test_running_out_says_more_of_the_smaller_shapes_too():
     ledger = ledger_of(1000)
     ledger.observe(LARGE, MEMORY)

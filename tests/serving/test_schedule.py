@@ -82,8 +82,9 @@ def test_a_key_that_has_a_process_is_not_started_ahead_and_the_next_one_is():
 def test_a_key_whose_starts_fail_is_passed_over_until_its_pause_ends():
     worker = Worker()
     paused = {A: Pause(NOW + 7, ""), C: Pause(NOW + 5, ""), B: Pause(NOW, "is over")}
-    actions = worker.decides(ahead=(A, C, B), pauses=paused)
-    assert actions == [Spawn(B, ("d0",), True, "started ahead"), Wake(NOW + 5)]
+    for ahead in ((A, C, B), (C, A, B)):
+        actions = worker.decides(ahead=ahead, pauses=paused)
+        assert actions == [Spawn(B, ("d0",), True, "started ahead"), Wake(NOW + 5)]
 
 
 def test_the_fleet_says_what_is_started_ahead_first_and_the_operator_how_many():
@@ -103,6 +104,26 @@ def test_nothing_is_started_ahead_while_a_job_waits():
     worker.has(A, "d0", phase=Phase.GENERATING)
     worker.asks(A)
     assert worker.starts_ahead(B) == []
+
+
+def test_nothing_is_started_ahead_where_it_did_not_do_well():
+    assert Worker(devices=2).starts_ahead(A, avoid={A: ["d0"]}) == [(A, ("d1",))]
+
+
+def test_a_key_that_lacks_memory_leaves_the_device_to_the_next():
+    worker = Worker(budget=55, unknown=[C])
+    worker.ledger.observe(C, Memory(resident=10, peak=12))
+    worker.has(B, phase=Phase.GENERATING)
+    assert worker.starts_ahead(A, C) == [(C, ("d0",))]
+
+
+def test_a_gang_is_left_the_devices_on_which_least_is_where_it_may_be():
+    worker = Worker(devices=3)
+    worker.has(A, "d0")
+    worker.has(B, "d0", phase=Phase.SPAWNING)
+    worker.has(B, "d1", phase=Phase.SPAWNING)
+    assert worker.starts_ahead(GANG, C) == []  # it waits for d1 and d2
+    assert worker.starts_ahead(GANG, C, avoid={GANG: ["d2"]}) == [(C, ("d2",))]
 
 
 def test_a_gang_is_started_ahead_where_it_has_room_on_all_of_its_devices():

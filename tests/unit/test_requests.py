@@ -183,7 +183,7 @@ def test_what_is_just_allowed_is_taken_as_it_is():
 def test_prompts_are_taken_without_the_space_around_them():
     job, _, _ = ask(prompt=" a fox\n", nvext={"negative_prompt": "\ta dog "})
     assert (job.id, job.prompt, job.negative_prompt) == ("id", "a fox", "a dog")
-    assert ask()[0].negative_prompt == ""
+    assert ask(Limits(max_prompt_chars=1), prompt="x")[0].negative_prompt == ""
 
 
 def test_a_distilled_checkpoint_takes_its_own_guidance_also_where_that_is_above_the_most():
@@ -278,6 +278,13 @@ def test_a_shape_of_another_model_name_is_not_offered(fields, why):
 def test_a_base_checkpoint_takes_the_guidance_that_the_client_chooses(guidance):
     assert ask(menu=BASE, nvext={"guidance_scale": guidance})[0].guidance == guidance
     assert (ask(menu=BASE)[0].guidance, ask(menu=BASE)[0].steps) == (3.0, 40)
+
+
+def test_the_operator_says_how_much_guidance_a_client_may_choose():
+    menu = replace(BASE, guidance=1.0, max_guidance=1.5)
+    assert ask(menu=menu, nvext={"guidance_scale": 1.5})[0].guidance == 1.5
+    with pytest.raises(RequestError, match=r"^nvext\.guidance_scale must be from 1 to 1\.5, not 1\.6$"):
+        ask(menu=menu, nvext={"guidance_scale": 1.6})
 
 
 @pytest.mark.parametrize("guidance", [0, 0.99, -3, 30.5, float("nan"), float("inf")])
