@@ -138,6 +138,7 @@ def test_what_loads_beside_it_is_not_known_to_have_taken_anything():
     ledger.observe(SMALL, MEMORY)
     ledger.reserve(1, SMALL, ("d0",))
     ledger.set_budget("d0", 100)
+    assert ledger.budget("d0") == 100
     entry = ledger.reserve(2, SMALL, ("d0",))
     ledger.ran_out(entry)
     assert ledger.need(SMALL, Phase.SPAWNING) == Need(100)
@@ -232,8 +233,8 @@ def test_a_room_is_what_the_processes_on_the_device_leave():
     ledger = ledger_of(100, 90, concurrency=2, max_processes=4)
     ledger.observe(SMALL, MEMORY)
     process(ledger, Phase.GENERATING, SMALL, "d0", "d1")
-    process(ledger, Phase.IDLE, SMALL).ending = True
     ledger.enter(process(ledger, Phase.IDLE, SMALL), Phase.ENCODING, alone=True)
+    process(ledger, Phase.IDLE, SMALL).ending = True
     assert ledger.leases == 4
     assert ledger.rooms() == {
         "d0": Room(100, 1, 1, held=82, rows=3, active=2, exclusive=1, ending=2, ending_rows=1),
@@ -292,11 +293,13 @@ def test_what_begins_takes_and_what_waits_claims():
     assert room == Room(100, 2, 2, held=40, rows=1, active=1)
     room.take(Need(50), 10, lease=True, alone=True)
     assert room == Room(100, 1, 2, held=80, rows=1, active=2, exclusive=1)
+    room.take(Need(80), 80, lease=False)
+    assert room == Room(100, 1, 2, held=80, rows=1, active=3, exclusive=1)
     room.claim(Need(30), 10, lease=True)
     room.claim(Need(5), 10, lease=False, alone=True, row=True)
     room.claim(Need(7, True), lease=False)
     assert (room.claimed, room.claimed_active, room.claimed_alone, room.claimed_rows) == (27, 3, 2, 1)
-    assert (room.held, room.active, room.leases) == (80, 2, 0)
+    assert (room.held, room.active, room.leases) == (80, 3, 0)
     for held in (3, 4):
         room.release(held)
     assert (room.ending, room.ending_rows) == (7, 2)

@@ -14,7 +14,7 @@ from ltx2_pool.words.protocol import Memory
 from ltx2_pool.words.shapes import Key, Shape
 
 A, B, C, D = (Key(Shape(32 * n, 32, 9)) for n in range(1, 5))
-GANG = Key(Shape(640, 320, 9))
+OTHER, GANG = Key(Shape(320, 320, 9)), Key(Shape(640, 320, 9))
 NOW = 100.0
 PATIENCE = 10.0
 
@@ -195,14 +195,92 @@ def test_no_younger_job_takes_the_lease_that_an_older_one_waits_for():
 
 
 def test_nothing_starts_beside_a_job_that_has_to_be_alone_nor_while_it_waits_for_that():
-    worker = Worker(concurrency=2)
+    worker = Worker(concurrency=3)
     first, second = worker.has(A), worker.has(B)
-    jobs = [worker.asks(A, alone=True), worker.asks(B)]
-    assert worker.decides() == [Start(jobs[0], first, Phase.GENERATING)]
+    job, _ = worker.asks(A, alone=True), worker.asks(B)
+    assert worker.decides() == [Start(job, first, Phase.GENERATING)]
     worker.ledger.enter(second, Phase.GENERATING)
     worker.has(C)
-    worker.jobs[1] = worker.asks(C)
+    worker.asks(C)
     assert worker.decides() == []
+
+
+def test_while_a_job_waits_to_be_alone_a_younger_one_of_its_key_starts_on_another_device():
+    worker = Worker(devices=2, concurrency=2)
+    worker.has(A, "d0")
+    other = worker.has(A, "d1")
+    for device in worker.ledger.devices:
+        worker.has(B, device, phase=Phase.GENERATING)
+    worker.asks(A, alone=True)
+    job = worker.asks(A)
+    assert worker.decides() == [Start(job, other, Phase.GENERATING)]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_process_is_started_beside_others_unless_its_job_has_to_be_alone(alone):
+    worker = Worker()
+    worker.has(B, phase=Phase.GENERATING)
+    worker.asks(A, alone=alone)
+    assert worker.decides() == ([] if alone else [Spawn(A, ("d0",), False, "a job waits")])
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_others_start_beside_a_job_that_waits_for_a_place_unless_it_has_to_be_alone(alone):
+    worker = Worker(max_processes=2)
+    worker.has(B).ending = True
+    process = worker.has(C)
+    worker.asks(A, alone=alone)
+    job = worker.asks(C)
+    assert worker.decides() == ([] if alone else [Start(job, process, Phase.GENERATING)])
+
+
+def test_hot_shapes_flow_on_beside_a_start():
+    worker = Worker()
+    process = worker.has(B)
+    worker.asks(A)
+    job = worker.asks(B)
+    assert worker.decides() == [Spawn(A, ("d0",), False, "a job waits"), Start(job, process, Phase.GENERATING)]
+
+
+def test_what_a_process_holds_already_is_not_counted_twice():
+    worker = Worker(budget=60, concurrency=2)
+    first, second = worker.has(A), worker.has(B)
+    jobs = worker.asks(A), worker.asks(B)
+    assert worker.decides() == [Start(jobs[0], first, Phase.GENERATING), Start(jobs[1], second, Phase.GENERATING)]
+    worker = Worker(budget=90)
+    worker.has(A)
+    worker.has(C, phase=Phase.GENERATING)
+    worker.asks(A)  # has 10, and waits for 20 more
+    worker.asks(D)
+    assert worker.decides() == [Spawn(D, ("d0",), False, "a job waits")]
+
+
+def test_what_an_older_job_waits_for_stays_whoever_is_out_of_patience():
+    worker = Worker(max_processes=2)
+    worker.has(A)
+    worker.has(C, phase=Phase.GENERATING)
+    worker.asks(A)
+    worker.asks(D, NOW - PATIENCE)
+    assert worker.decides() == []
+
+
+def test_room_is_made_beside_what_an_older_job_waits_for():
+    worker = Worker(budget=70)
+    worker.has(A)
+    worker.has(B, phase=Phase.GENERATING)
+    idle = worker.has(C)
+    worker.asks(A)
+    worker.asks(D)
+    assert worker.decides() == [Evict(idle, f"a place for {D} on d0")]
+
+
+def test_nothing_goes_where_what_works_now_leaves_enough_when_it_is_done():
+    for budget, goes in ((50, False), (49, True)):
+        worker = Worker(budget=budget)
+        worker.has(B, phase=Phase.GENERATING)
+        idle = worker.has(C)
+        worker.asks(A)
+        assert worker.decides() == ([Evict(idle, f"a place for {A} on d0")] if goes else [])
 
 
 def test_idle_processes_go_where_a_video_lacks_memory_even_beside_them_the_least_recently_used_first():
@@ -211,6 +289,18 @@ def test_idle_processes_go_where_a_video_lacks_memory_even_beside_them_the_least
     other, _ = worker.has(B), worker.has(C)
     worker.asks(A)
     assert worker.decides() == [Evict(other, f"memory for a video of {A} on d0")]
+    worker = Worker(budget=45)
+    worker.has(A)
+    victims = [worker.has(B), worker.has(C)]
+    worker.has(D)
+    worker.asks(A)
+    assert worker.decides() == [Evict(victim, f"memory for a video of {A} on d0") for victim in victims]
+    worker = Worker(budget=35)
+    worker.has(A)
+    worker.has(B, phase=Phase.GENERATING)
+    idle = worker.has(C)
+    worker.asks(A)
+    assert worker.decides() == [Evict(idle, f"memory for a video of {A} on d0")]
     worker = Worker(budget=50)
     process, _, _ = worker.has(A), worker.has(B), worker.has(C)
     job = worker.asks(A)
@@ -236,6 +326,9 @@ def test_a_job_that_waits_gets_a_process_where_least_is():
     worker.has(C, "d3")
     worker.asks(A)
     assert worker.decides() == [Spawn(A, ("d3",), False, "a job waits")]
+    worker.has(B, "d2")
+    worker.has(D, "d3", phase=Phase.GENERATING)
+    assert worker.decides() == [Spawn(A, ("d1",), False, "a job waits")]
 
 
 def test_a_gang_gets_the_devices_on_which_least_is():
@@ -252,6 +345,9 @@ def test_no_process_is_started_where_it_did_not_do_well_unless_there_is_no_other
     assert worker.decides(avoid=avoid) == [Spawn(A, ("d1",), False, "a job waits")]
     out = {"d1": Pause(NOW + 1, "out")}
     assert worker.decides(avoid=avoid, out=out) == [Spawn(A, ("d0",), False, "a job waits"), Wake(NOW + 1)]
+    worker.jobs.clear()
+    worker.asks(GANG)
+    assert worker.decides(avoid={GANG: ["d0"]}) == [Spawn(GANG, ("d0", "d1"), False, "a job waits")]
 
 
 def test_a_process_is_started_where_it_can_stay_while_the_others_take_jobs():
@@ -278,6 +374,14 @@ def test_where_there_is_no_place_a_copy_goes_before_a_keys_last_process():
     copy, _ = worker.has(C, "d1"), worker.has(C, "d2")
     worker.asks(A)
     assert worker.decides() == [Evict(copy, f"a place for {A} on d1")]
+
+
+def test_the_jobs_of_a_key_without_a_process_wait_for_one_place():
+    worker = Worker(devices=2, max_processes=1)
+    first, _ = worker.has(B, "d0"), worker.has(C, "d1")
+    worker.asks(A)
+    worker.asks(A)
+    assert worker.decides() == [Evict(first, f"a place for {A} on d0")]
 
 
 def test_as_few_go_as_must_the_least_recently_used_first():
@@ -329,12 +433,34 @@ def test_what_alone_is_not_enough_goes_when_the_patience_of_the_job_is_over(late
     assert worker.decides() == ([Evict(idle, f"a place for {A} on d0")] if late else [Wake(NOW + PATIENCE)])
 
 
-def test_the_patience_is_that_of_the_first_job_that_waits_for_the_key():
+def test_room_is_made_on_the_device_on_which_least_works_and_is_waited_for():
+    worker = Worker(budget=39, devices=2)
+    for device in worker.ledger.devices:
+        worker.has(B, device, phase=Phase.GENERATING)
+    worker.has(D, "d0", phase=Phase.GENERATING)
+    worker.has(C, "d0")
+    idle = worker.has(C, "d1")
+    worker.asks(A, NOW - PATIENCE)
+    assert worker.decides() == [Evict(idle, f"a place for {A} on d1")]
+    worker = Worker(devices=2, max_processes=3)
+    worker.has(A, "d0")
+    worker.has(C, "d0", phase=Phase.GENERATING)
+    worker.has(D, "d1", phase=Phase.GENERATING)
+    worker.has(B, "d0")
+    idle = worker.has(B, "d1")
+    worker.has(C, "d1")
+    worker.asks(A)  # waits for the lease of d0
+    worker.asks(OTHER)
+    assert worker.decides() == [Evict(idle, f"a place for {OTHER} on d1")]
+
+
+@pytest.mark.parametrize("since", [(NOW - PATIENCE, NOW), (NOW, NOW - PATIENCE)])
+def test_the_patience_is_that_of_the_first_job_that_waits_for_the_key(since):
     worker = Worker(max_processes=1)
     idle = worker.has(B)
-    worker.asks(A)
+    worker.asks(A, since[0])
     worker.asks(B)
-    worker.asks(A, NOW - PATIENCE)
+    worker.asks(A, since[1])
     assert worker.decides() == [Evict(idle, f"a place for {A} on d0")]
 
 
@@ -350,6 +476,42 @@ def test_more_jobs_than_a_keys_process_can_take_get_a_copy_on_a_device_with_a_le
     assert worker.decides() == [copy]
     worker.has(B, "d1", phase=Phase.GENERATING)
     assert worker.decides() == []
+
+
+def test_a_job_whose_process_lacks_a_lease_gets_a_copy():
+    worker = Worker(devices=2)
+    worker.has(A, "d0")
+    worker.has(B, "d0", phase=Phase.GENERATING)
+    worker.asks(A)
+    assert worker.decides() == [Spawn(A, ("d1",), False, "more jobs wait than its processes can take")]
+
+
+def test_a_job_waits_for_the_process_that_starts_and_the_next_one_gets_a_copy():
+    worker = Worker(devices=3)
+    worker.has(A, "d0", phase=Phase.GENERATING)
+    worker.has(A, "d1", phase=Phase.SPAWNING, hot=False)
+    worker.asks(A)
+    assert worker.decides() == []
+    worker.asks(A)
+    assert worker.decides() == [Spawn(A, ("d2",), False, "more jobs wait than its processes can take")]
+
+
+def test_a_gang_gets_a_copy_where_it_has_all_of_its_devices():
+    for devices in (3, 4):
+        worker = Worker(devices)
+        worker.has(GANG, "d0", "d1", phase=Phase.GENERATING)
+        worker.asks(GANG)
+        copy = Spawn(GANG, ("d2", "d3"), False, "more jobs wait than its processes can take")
+        assert worker.decides() == ([copy] if devices == 4 else [])
+
+
+def test_a_copy_takes_the_place_of_a_copy_before_a_keys_last_process():
+    worker = Worker(devices=4, max_processes=1)
+    worker.has(A, "d0", phase=Phase.GENERATING)
+    worker.has(B, "d1")
+    idle, _ = worker.has(C, "d2"), worker.has(C, "d3", phase=Phase.GENERATING)
+    worker.asks(A, NOW - PATIENCE)
+    assert worker.decides() == [Evict(idle, f"a copy of {A} on d2")]
 
 
 @pytest.mark.parametrize("phase", [Phase.SPAWNING, Phase.GENERATING])
