@@ -234,10 +234,11 @@ def test_a_room_is_what_the_processes_on_the_device_leave():
     ledger.observe(SMALL, MEMORY)
     process(ledger, Phase.GENERATING, SMALL, "d0", "d1")
     ledger.enter(process(ledger, Phase.IDLE, SMALL), Phase.ENCODING, alone=True)
-    process(ledger, Phase.IDLE, SMALL).ending = True
+    for phase in (Phase.IDLE, Phase.GENERATING):
+        process(ledger, phase, SMALL).ending = True
     assert ledger.leases == 4
     assert ledger.rooms() == {
-        "d0": Room(100, 1, 1, held=82, rows=3, active=2, exclusive=1, ending=2, ending_rows=1),
+        "d0": Room(100, 0, 0, held=122, rows=4, active=3, exclusive=1, ending=42, ending_rows=2),
         "d1": Room(90, 1, 3, held=40, rows=1, active=1),
     }
     assert ledger_of(None).rooms() == {"d0": Room(None, 1, None)}

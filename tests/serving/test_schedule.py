@@ -302,6 +302,12 @@ def test_idle_processes_go_where_a_video_lacks_memory_even_beside_them_the_least
     worker.asks(A)
     assert worker.decides() == [Evict(idle, f"memory for a video of {A} on d0")]
     worker = Worker(budget=50)
+    worker.has(A)
+    worker.has(B, phase=Phase.GENERATING)
+    worker.has(C)
+    worker.asks(A)
+    assert worker.decides() == []
+    worker = Worker(budget=50)
     process, _, _ = worker.has(A), worker.has(B), worker.has(C)
     job = worker.asks(A)
     assert worker.decides() == [Start(job, process, Phase.GENERATING)]
@@ -329,6 +335,15 @@ def test_a_job_that_waits_gets_a_process_where_least_is():
     worker.has(B, "d2")
     worker.has(D, "d3", phase=Phase.GENERATING)
     assert worker.decides() == [Spawn(A, ("d1",), False, "a job waits")]
+
+
+def test_one_lease_to_spare_is_as_good_as_two():
+    worker = Worker(devices=2, concurrency=2)
+    worker.has(B, "d0", phase=Phase.GENERATING)
+    worker.has(B, "d1")
+    worker.has(C, "d1")
+    worker.asks(A)
+    assert worker.decides() == [Spawn(A, ("d0",), False, "a job waits")]
 
 
 def test_a_gang_gets_the_devices_on_which_least_is():
@@ -472,10 +487,24 @@ def test_more_jobs_than_a_keys_process_can_take_get_a_copy_on_a_device_with_a_le
     assert worker.decides() == [copy]
     assert worker.decides(avoid={A: ["d1"]}) == []  # it need not be there
     assert worker.decides(pauses={A: Pause(NOW + 1, "")}) == [Wake(NOW + 1)]
-    worker.asks(A)
-    assert worker.decides() == [copy]
     worker.has(B, "d1", phase=Phase.GENERATING)
     assert worker.decides() == []
+
+
+def test_each_job_that_waits_gets_a_copy_of_its_own():
+    worker = Worker(devices=4)
+    worker.has(A, "d0", phase=Phase.GENERATING)
+    worker.asks(A)
+    worker.asks(A)
+    copies = [Spawn(A, (device,), False, "more jobs wait than its processes can take") for device in ("d1", "d2")]
+    assert worker.decides() == copies
+
+
+def test_a_job_that_starts_gets_no_copy():
+    worker = Worker(devices=2)
+    process = worker.has(A, "d0")
+    job = worker.asks(A)
+    assert worker.decides() == [Start(job, process, Phase.GENERATING)]
 
 
 def test_a_job_whose_process_lacks_a_lease_gets_a_copy():
@@ -512,6 +541,16 @@ def test_a_copy_takes_the_place_of_a_copy_before_a_keys_last_process():
     idle, _ = worker.has(C, "d2"), worker.has(C, "d3", phase=Phase.GENERATING)
     worker.asks(A, NOW - PATIENCE)
     assert worker.decides() == [Evict(idle, f"a copy of {A} on d2")]
+
+
+def test_for_a_copy_of_a_gang_all_of_its_devices_are_cleared_or_none():
+    worker = Worker(devices=4, max_processes=1)
+    worker.has(GANG, "d0", "d1", phase=Phase.GENERATING)
+    idle = [worker.has(B, "d2"), worker.has(C, "d3")]
+    worker.asks(GANG, NOW - PATIENCE)
+    assert worker.decides() == [Evict(each, f"a copy of {GANG} on {each.devices[0]}") for each in idle]
+    job = worker.asks(C)
+    assert worker.decides() == [Start(job, idle[1], Phase.GENERATING)]
 
 
 @pytest.mark.parametrize("phase", [Phase.SPAWNING, Phase.GENERATING])
@@ -565,6 +604,12 @@ def test_jobs_without_devices_are_refused_until_enough_are_back_unless_enough_ar
     job = worker.asks(key)
     expected = [Refuse(job, refused)] if refused is not None else []
     assert worker.decides(out=out) == [*expected, Wake(NOW + 4)]
+
+
+def test_without_its_only_device_a_job_is_refused_until_that_is_back():
+    worker = Worker()
+    job = worker.asks(A)
+    assert worker.decides(out={"d0": OUT["d0"]}) == [Refuse(job, OUT["d0"]), Wake(NOW + 6)]
 
 
 def test_a_gang_of_more_devices_than_there_are_is_refused():
