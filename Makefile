@@ -1,6 +1,7 @@
 # Everything here sets itself up: `make demo` and `make test` work on a fresh clone, in any order.
 PYTHON ?= python3
 UV_VERSION := 0.13.9
+MUTMUT_VERSION := 3.8.1
 VENV := .venv
 RUN := $(VENV)/bin/python
 COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --extra tools --extra gateway --extra s3 --universal --python-version 3.11 \
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # Every process of the demo and the tests imports torch and FastVideo: twice as long where nobody may keep the bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve demo test lint unit lock clean
+.PHONY: serve demo test lint unit mutants lock clean
 
 serve: $(INSTALLED)  ## frontend, worker and gateway, and the page at http://127.0.0.1:8080; Ctrl-C ends all of it
 	$(RUN) -m ltx2_pool.programs.serve
@@ -24,6 +25,12 @@ test: $(INSTALLED) lint  ## the whole suite, two files of tests at a time
 
 unit: $(INSTALLED)  ## only what needs no FastVideo
 	$(RUN) -m pytest tests/unit
+
+mutants: $(INSTALLED)  ## changes the core in every small way (.work/mutants): what no test notices is listed; minutes
+	rm -rf .work/mutants && mkdir -p .work/mutants && cp -r ltx2_pool tests pyproject.toml shapes.yaml .work/mutants
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet mutmut==$(MUTMUT_VERSION)
+	cd .work/mutants && LTX2_TEST_HISTORIES=60 PYTHONPATH= $(abspath $(VENV))/bin/mutmut run --max-children 2
+	cd .work/mutants && $(abspath $(VENV))/bin/mutmut results
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -75,7 +75,10 @@ async def red(reader: PictureReader) -> None:
 
 def ended(process: psutil.Process) -> bool:
     """Whether it has; whose orphan it became may not have reaped it yet."""
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the two
+        return True
 
 
 async def child_of(reader: PictureReader) -> psutil.Process:
