@@ -37,9 +37,14 @@ def test_what_the_frontend_gets_is_dynamos_request(gateway, frontend):
     gateway.ended(id)
     (sent,) = [request for request in frontend.requests if request["prompt"] == "to dynamo"]
     assert sent == {
-        "prompt": "to dynamo", "model": "made-up", "seconds": 5, "nvext": {"seed": 7}, "input_reference": "data:x",
-        "stream": True, "response_format": "b64_json",
-    }  # fmt: skip
+        "prompt": "to dynamo",
+        "model": "made-up",
+        "seconds": 5,
+        "nvext": {"seed": 7},
+        "input_reference": "data:x",
+        "stream": True,
+        "response_format": "b64_json",
+    }
 
 
 def test_a_form_with_a_picture_becomes_a_data_url(gateway, frontend):
@@ -242,8 +247,10 @@ def test_the_events_of_a_deleted_job_say_so(gateway):
         lines = stream.iter_lines()
         assert next(lines) == "event: video"
         assert gateway.client.delete(f"/v1/videos/{id}").json() == {
-            "id": id, "object": "video.deleted", "deleted": True,
-        }  # fmt: skip
+            "id": id,
+            "object": "video.deleted",
+            "deleted": True,
+        }
         assert "event: deleted" in list(lines)
     assert gateway.client.get(f"/v1/videos/{id}").status_code == 404
 

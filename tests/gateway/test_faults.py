@@ -216,9 +216,16 @@ async def test_models_and_statuses_of_any_type_are_unknown(strange, monkeypatch)
     upstream = Upstream(url, [url])
     asked = outlook.Outlook(upstream, None, 16)
     for status in (
-        '[]', '"x"', "null", '{"expected_wait_s":"soon"}', '{"expected_wait_s":1e400}', '{"devices":null}',
-        '{"processes":[{"shape":"a@9f"}],"shapes":["a@9f"]}', '{"shapes":["foo", 1]}', '{"waiting_by_shape":{"a":[]}}',
-    ):  # fmt: skip
+        "[]",
+        '"x"',
+        "null",
+        '{"expected_wait_s":"soon"}',
+        '{"expected_wait_s":1e400}',
+        '{"devices":null}',
+        '{"processes":[{"shape":"a@9f"}],"shapes":["a@9f"]}',
+        '{"shapes":["foo", 1]}',
+        '{"waiting_by_shape":{"a":[]}}',
+    ):
         answers["/engine/video/status"] = status.encode()
         assert (await asked.pool())["shapes"] == []
         assert await asked.wait(0, 1.0) >= 0

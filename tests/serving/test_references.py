@@ -250,9 +250,7 @@ class To(AbstractResolver):
 
     async def resolve(self, host: str, port: int = 0, family: Any = 0) -> Any:
         assert port == 443
-        return [
-            {"hostname": host, "host": "127.0.0.1", "port": self._port, "family": 2, "proto": 6, "flags": 0}
-        ]  # fmt: skip
+        return [{"hostname": host, "host": "127.0.0.1", "port": self._port, "family": 2, "proto": 6, "flags": 0}]
 
     async def close(self) -> None:
         pass
