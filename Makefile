@@ -28,7 +28,7 @@ unit: $(INSTALLED)  ## only what needs no FastVideo
 
 mutants: $(INSTALLED)  ## changes the core in every small way (.work/mutants): what no test notices is listed; minutes
 	rm -rf .work/mutants && mkdir -p .work/mutants && cp -r ltx2_pool tests pyproject.toml shapes.yaml .work/mutants
-	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet mutmut==$(MUTMUT_VERSION)
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --constraint requirements-dev.lock mutmut==$(MUTMUT_VERSION)
 	cd .work/mutants && LTX2_TEST_HISTORIES=60 PYTHONPATH= $(abspath $(VENV))/bin/mutmut run --max-children 2
 	cd .work/mutants && $(abspath $(VENV))/bin/mutmut results
 

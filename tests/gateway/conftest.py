@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -139,10 +140,26 @@ def keyed(frontend, tmp_path_factory) -> Iterator[tuple[Running, httpx.Client, h
 
 
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
-    """The URL of an empty database."""
+def postgresql_server() -> Iterator[str]:
+    """The URL of its first database."""
     if postgres.binaries() is None:
         missing = "PostgreSQL is not installed (Debian: apt-get install postgresql)"
         pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
     with postgres.server() as url:
         yield url
+
+
+@pytest.fixture
+def postgresql(postgresql_server) -> str:
+    """The URL of an empty database. It is the test's own: a gateway makes every job that it finds."""
+    server, _, _ = postgresql_server.rpartition("/")
+    name = f"test{next(_databases)}"
+    there = postgres.binaries()
+    assert there is not None
+    address = httpx.URL(server)
+    command = [there / "createdb", f"--host={address.host}", f"--port={address.port}", "--username=ltx2", name]
+    subprocess.run(command, check=True, timeout=60)
+    return f"{server}/{name}"
+
+
+_databases = itertools.count()

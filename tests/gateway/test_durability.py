@@ -184,10 +184,10 @@ def test_two_gateways_on_postgresql_share_the_work(make_gateway, own_frontend, p
 
 
 def test_another_gateways_job_can_be_cancelled_and_watched(make_gateway, own_frontend, postgresql):
-    one = make_gateway(own_frontend, database=postgresql, **QUICK)
+    one = make_gateway(own_frontend, database=postgresql)
     id = one.create("hold elsewhere")
     wait(lambda: own_frontend.running == 1)
-    other = make_gateway(own_frontend, database=postgresql, **QUICK)
+    other = make_gateway(own_frontend, database=postgresql)
     with other.client.stream("GET", f"/v1/videos/{id}/events") as stream:
         lines = stream.iter_lines()
         assert next(lines) == "event: video"

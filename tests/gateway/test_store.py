@@ -10,11 +10,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from ltx2_pool.gateway import store as stores
 from ltx2_pool.gateway.jobs import Job, new_id
-from ltx2_pool.gateway.store import Conflict, Full, Store, StoreError, metadata
+from ltx2_pool.gateway.store import Conflict, Full, Store, StoreError
 
 JOB = Job("", "a", "queued", 0, "m", "p", "64x64", "5", time.time())
 
@@ -24,10 +23,6 @@ async def store(request, tmp_path) -> AsyncIterator[Store]:
     url = f"sqlite+aiosqlite:///{tmp_path}/jobs"
     if request.param == "postgresql":
         url = request.getfixturevalue("postgresql")
-        engine = create_async_engine(url)
-        async with engine.begin() as connection:
-            await connection.run_sync(metadata.drop_all)
-        await engine.dispose()
     opened = Store(url)
     await opened.open()
     yield opened

@@ -70,7 +70,7 @@ async def test_borrowers_share_the_end_of_their_own_lender_only(make_host: MakeH
         assert (place.host.lending("GPU-aa"), place.host.lending("GPU-bb") is None) == (None, False)
 
 
-async def test_a_device_that_is_given_up_lends_anew_when_it_is_wanted(make_host: MakeHost) -> None:
+async def test_a_device_that_is_given_up_lends_again_when_it_is_wanted(make_host: MakeHost) -> None:
     async with make_host(weights="shared", devices=TWO) as place:
         first, second = [await ready(place, KEY, device) for device in TWO]
         lender = place.host.pids["weights GPU-bb"]
