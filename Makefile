@@ -26,7 +26,7 @@ test: $(INSTALLED) lint  ## the whole suite, two files of tests at a time
 unit: $(INSTALLED)  ## only what needs no FastVideo
 	$(RUN) -m pytest tests/unit
 
-mutants: $(INSTALLED)  ## changes the core in every small way (.work/mutants): what no test notices is listed; minutes
+mutants: $(INSTALLED)  ## changes the core in small ways (.work/mutants), and lists those that no test notices; minutes
 	rm -rf .work/mutants && mkdir -p .work/mutants && cp -r ltx2_pool tests pyproject.toml shapes.yaml .work/mutants
 	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --constraint requirements-dev.lock mutmut==$(MUTMUT_VERSION)
 	cd .work/mutants && LTX2_TEST_HISTORIES=60 PYTHONPATH= $(abspath $(VENV))/bin/mutmut run --max-children 2

@@ -56,6 +56,14 @@ def test_a_job_waits_for_the_process_that_starts_and_the_next_one_gets_a_copy():
     assert worker.decides() == [Spawn(A, ("d2",), False, "more jobs wait than its processes can take")]
 
 
+def test_a_job_waits_for_the_process_whose_weights_still_load():
+    worker = Worker(budget=[100, None, 100])
+    worker.has(A, "d0", phase=Phase.GENERATING)
+    worker.has(A, "d1", phase=Phase.LOADING, hot=False)
+    worker.asks(A)
+    assert worker.decides() == []
+
+
 def test_a_gang_gets_a_copy_where_it_has_all_of_its_devices():
     for devices in (3, 4):
         worker = Worker(devices)

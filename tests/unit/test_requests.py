@@ -13,7 +13,6 @@ from ltx2_pool.words.menu import Menu, Offer
 from ltx2_pool.words.pictures import Picture
 from ltx2_pool.words.requests import (
     MAX_SEED,
-    MAX_USER_CHARS,
     Delivery,
     Job,
     Limits,
@@ -361,7 +360,7 @@ def test_unknown_nvext_fields_are_ignored_as_dynamo_does():
         ({"response_format": "url"}, Delivery(as_url=True)),
         ({"stream": True, "output_format": "MP4"}, Delivery(stream=True)),
         ({"user": " somebody "}, Delivery(user="somebody")),
-        ({"user": "x" * 300}, Delivery(user="x" * MAX_USER_CHARS)),
+        ({"user": "x" * 300}, Delivery(user="x" * 256)),
     ],
 )
 def test_the_delivery_that_a_request_means(fields, delivery):

@@ -31,7 +31,9 @@ MEASURED = {
     "1280x736@241f": (12.81, 11.97),
     "736x1280@241f": (12.78, 11.97),
 }
-"""Seconds of a hot video of five steps on an H200, and of its denoising (docs/measurements.md)."""
+"""Seconds of a hot video of five steps on an H200, and of its denoising, on 2026-11-25. docs/measurements.md has those
+of a later day, which are within 1 % of these.
+"""
 VARIANTS = ("", "fine-tuned", "base")
 """The model, another one that takes as long, and a base model with `BASE_STEPS` steps."""
 STEPS, BASE_STEPS = 5, 30
