@@ -107,7 +107,6 @@ class Room:
     ending_rows: int = 0
     claimed: int = 0
     """Bytes for which older jobs wait."""
-    claimed_rows: int = 0
     claimed_active: int = 0
     claimed_alone: int = 0
 
@@ -118,7 +117,7 @@ class Room:
         """
         if (lease and self.leases <= 0) or self.exclusive or self.claimed_alone:
             return False
-        if row and self.places is not None and self.places <= self.claimed_rows:
+        if row and self.places is not None and self.places <= 0:
             return False
         if (alone or need.unknown) and (self.active or self.claimed_active):
             return False
@@ -140,13 +139,12 @@ class Room:
             if self.places is not None:
                 self.places -= 1
 
-    def claim(self, need: Need, own: int = 0, *, lease: bool, alone: bool = False, row: bool = False) -> None:
+    def claim(self, need: Need, own: int = 0, *, lease: bool, alone: bool = False) -> None:
         """It has to wait, and no younger job may take what it waits for."""
         self.claimed += max(0, need.least - own)
         self.claimed_active += 1
         self.claimed_alone += need.unknown or alone
         self.leases -= lease
-        self.claimed_rows += row
 
     def release(self, held: int) -> None:
         """An idle process is told to end."""

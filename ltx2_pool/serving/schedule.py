@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ltx2_pool.serving.actions import Action, Evict, Pause, Refuse, Spawn, Start, State, Waiting, Wake
-from ltx2_pool.serving.ledger import UNKNOWN, Need, Phase, Reservation
+from ltx2_pool.serving.ledger import Need, Phase, Reservation
 from ltx2_pool.words.shapes import Key
 
 
@@ -93,19 +93,17 @@ class _Decision:
     def _start(self, job: Waiting, idle: list[Reservation]) -> bool:
         """The job's key has idle processes: start in one, or claim what is missing for that."""
         idle.sort(key=lambda r: (not r.hot, self._load(r.devices), r.id))
+        need = self._ledger.need(job.key, Phase.GENERATING)
         for process in idle:
-            phase = Phase.GENERATING if process.hot else Phase.SPAWNING
-            need, own = self._ledger.need(job.key, phase), process.held.least
+            own, lease = process.held.least, process.hot
             rooms = [self._rooms[device] for device in process.devices]
-            lease = process.hot
             if all(room.admits(need, own, lease=lease, alone=job.alone) for room in rooms):
                 for room in rooms:
                     room.take(need, own, lease=lease, alone=job.alone)
                 self._taken.add(process.id)
-                self._actions.append(Start(job, process, phase))
+                self._actions.append(Start(job, process, Phase.GENERATING if process.hot else Phase.SPAWNING))
                 return True
         process = idle[0]
-        need = self._ledger.need(job.key, Phase.GENERATING if process.hot else Phase.SPAWNING)
         self._taken.add(process.id)
         for device in process.devices:
             self._make_room(job, device, need.least, process)
@@ -149,7 +147,7 @@ class _Decision:
         for device in place:
             self._evict(options[device], device, job)
         for device in place:
-            self._rooms[device].claim(self._need(key, device), lease=False, alone=job.alone, row=True)
+            self._rooms[device].claim(need, lease=False, alone=job.alone)
         self._claimed.update(place)
         return False
 
@@ -206,12 +204,9 @@ class _Decision:
         return tuple(device for device in fit if device in best) if len(best) == self._count(key) else ()
 
     def _fits(self, key: Key, device: str, alone: bool) -> bool:
-        room = self._rooms[device]
-        return room.admits(self._need(key, device), lease=False, alone=alone, row=True) and self._lasts(device, key, ())
-
-    def _need(self, key: Key, device: str) -> Need:
-        """What a start takes there."""
-        return UNKNOWN if self._rooms[device].budget is None else self._ledger.need(key, Phase.SPAWNING)
+        need = self._ledger.need(key, Phase.SPAWNING)
+        fits = self._rooms[device].admits(need, lease=False, alone=alone, row=True)
+        return fits and self._lasts(device, key, ())
 
     def _crowd(self, device: str) -> tuple[bool, int, int]:
         """How unwelcome one more process is on a device."""
@@ -239,7 +234,7 @@ class _Decision:
         left = iter(candidates)
         while True:
             stays = [r for r in self._on(device) if r not in victims]
-            places = room.places is None or room.places + room.ending_rows + len(victims) > room.claimed_rows
+            places = room.places is None or room.places + room.ending_rows + len(victims) > 0
             idle = self._idle(stays)
             fits = not stays or (room.budget is not None and idle + room.claimed + need.least <= room.budget)
             if places and fits and self._lasts(device, job.key, victims):
@@ -306,7 +301,7 @@ class _Decision:
 
     def _spawn(self, key: Key, devices: tuple[str, ...], *, warm: bool, why: str) -> None:
         for device in devices:
-            self._rooms[device].take(self._need(key, device), lease=False, row=True)
+            self._rooms[device].take(self._ledger.need(key, Phase.SPAWNING), lease=False, row=True)
         self._spawned.setdefault(key, set()).update(devices)
         self._actions.append(Spawn(key, devices, warm, why))
 

@@ -110,7 +110,7 @@ def test_a_gang_waits_for_what_works_and_for_its_own_start_and_no_longer():
 def test_a_gang_that_claims_nothing_waits_for_ever(monkeypatch):
     """The devices that it needs are then never free together."""
     source = Path(schedule.__file__).read_text()
-    claim = "self._rooms[device].claim(self._need(key, device), lease=False, alone=job.alone, row=True)"
+    claim = "self._rooms[device].claim(need, lease=False, alone=job.alone)"
     assert claim in source
     module = types.ModuleType("mutant")
     monkeypatch.setitem(sys.modules, "mutant", module)

@@ -259,8 +259,6 @@ FREE = {"budget": 100, "leases": 1, "places": 1, "held": 60, "rows": 2, "active"
         ({"places": 0}, Need(1), {"row": True}, False),
         ({"places": 0}, Need(1), {"lease": True}, True),
         ({"places": None}, Need(1), {"row": True}, True),
-        ({"claimed_rows": 1}, Need(1), {"row": True}, False),
-        ({"places": 2, "claimed_rows": 1}, Need(1), {"row": True}, True),
         ({"exclusive": 1}, Need(1), {}, False),
         ({"claimed_alone": 1}, Need(1), {}, False),
         ({}, Need(1), {"alone": True}, False),
@@ -297,9 +295,9 @@ def test_what_begins_takes_and_what_waits_claims():
     room.take(Need(80), 80, lease=False)
     assert room == Room(100, 1, 2, held=80, rows=1, active=3, exclusive=1)
     room.claim(Need(30), 10, lease=True)
-    room.claim(Need(5), 10, lease=False, alone=True, row=True)
+    room.claim(Need(5), 10, lease=False, alone=True)
     room.claim(Need(7, True), lease=False)
-    assert (room.claimed, room.claimed_active, room.claimed_alone, room.claimed_rows) == (27, 3, 2, 1)
+    assert (room.claimed, room.claimed_active, room.claimed_alone) == (27, 3, 2)
     assert (room.held, room.active, room.leases) == (80, 3, 0)
     for held in (3, 4):
         room.release(held)
