@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -12,10 +13,15 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
 
+from tests import compiler
 from tests.children import Gate
+from tests.paths import REPOSITORY
 
 settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared-machine")
+
+if (program := compiler.install(REPOSITORY / ".work" / "compiled")) is not None:
+    os.environ["CXX"] = str(program)
 
 # A shell without job control starts what is in the background with SIGINT ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
