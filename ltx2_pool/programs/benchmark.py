@@ -28,7 +28,6 @@ from ltx2_pool.words.shapes import Shape
 with extra("tools"):
     import httpx
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
     from rich.table import Table
 
     from ltx2_pool.tools import stack, terminal
@@ -132,7 +131,7 @@ async def _push(
     """Warm up, then one level after the other, with a progress bar."""
     kind = JobsClient if arguments.jobs_api else Client
     async with kind(url, menu) as client, Watch(status_url) as watch:
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
+        with terminal.progress(console) as progress:
             bar = progress.add_task("warm-up", total=arguments.warm_up * len(shares))
             for shape in shares:
                 for index in range(arguments.warm_up):
@@ -165,7 +164,7 @@ def _image(arguments: argparse.Namespace, console: Console) -> int:
 
         async def run() -> list[image.Timing]:
             async with Client(url, menu) as client, Watch(status_url) as watch:
-                with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
+                with terminal.progress(console) as progress:
                     bar = progress.add_task("videos", total=2 * arguments.prompts * len(menu.shapes))
                     return await image.run(
                         client,
@@ -258,7 +257,7 @@ def _polling(arguments: argparse.Namespace, console: Console) -> int:
 def _chaos_of_gateways(arguments: argparse.Namespace, console: Console) -> int:
     from ltx2_pool.tools.bench import jobschaos
 
-    with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as work, Progress(console=console) as progress:
+    with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as work, terminal.progress(console) as progress:
         bar = progress.add_task("jobs", total=arguments.jobs)
         record = jobschaos.run(
             Path(work),
@@ -283,7 +282,7 @@ def _chaos(arguments: argparse.Namespace, console: Console) -> int:
     kinds = (*faults.OF_PROCESSES, *faults.OF_THE_MACHINE, *gangs)
     check = chaos.same_video_each_time()
     ask: chaos.Ask = chaos.a_fox
-    with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as directory, Progress(console=console) as progress:
+    with tempfile.TemporaryDirectory(prefix="ltx2-chaos-") as directory, terminal.progress(console) as progress:
         run_dir = Path(directory)
         devices = worlds.devices(arguments.devices, real=arguments.real)
         if arguments.real:
@@ -313,7 +312,7 @@ def _fuzz(arguments: argparse.Namespace, console: Console) -> int:
     model = Path(options.recipe(arguments, console).model_path)
     with contextlib.ExitStack() as cleanup:
         running = cleanup.enter_context(_all_hot(arguments, console, model, len(menu.offers)))
-        progress = cleanup.enter_context(Progress(console=console))
+        progress = cleanup.enter_context(terminal.progress(console))
         bar = progress.add_task("bodies", total=arguments.bodies)
         try:
             statuses = fuzz.run(running, menu, arguments.bodies, arguments.seed, lambda: progress.advance(bar))
@@ -348,7 +347,7 @@ def _pictures(arguments: argparse.Namespace, console: Console) -> int:
     with contextlib.ExitStack() as cleanup:
         offers = len(Menu.load(arguments.shapes).offers)
         running = cleanup.enter_context(_all_hot(arguments, console, model, offers, LTX2_IMAGE_HOSTS=hostile.LISTED))
-        progress = cleanup.enter_context(Progress(console=console))
+        progress = cleanup.enter_context(terminal.progress(console))
         bar = progress.add_task("pictures", total=arguments.count)
         result = pictures.through(running, arguments.count, arguments.seed, lambda: progress.advance(bar))
     for reason, number in result["refused"].items():

@@ -56,14 +56,14 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.steps:
             with console.status("writing a checkpoint of random weights"):
                 tiny.write(Path(work) / "random", arguments.seed, DRAWING, weights=arguments.weights)
-            with Progress(console=console) as progress:
+            with terminal.progress(console) as progress:
                 losses = _train(Path(work) / "random", arguments, trained, progress)
             _draw_losses(arguments.out / "loss.png", losses)
         elif arguments.weights is None:
             parser.error("--steps 0 looks at what --weights names")
         weights = trained if arguments.steps else arguments.weights
         tiny.write(Path(work) / "trained", tiny.DEFAULT_SEED, DRAWING, weights=weights)
-        with Progress(console=console) as progress:
+        with terminal.progress(console) as progress:
             table = _look(Path(work) / "trained", arguments.prompts, arguments.out / "samples.png", progress)
     (arguments.out / "recognised.md").write_text(table)
     console.print(table)

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
+from ltx2_pool.tools import terminal
 from ltx2_pool.tools.bench import options
 from ltx2_pool.words.menu import Menu
 
@@ -42,7 +42,7 @@ def calibrate(arguments: argparse.Namespace, console: Console) -> int:
     root = options.cache_root(arguments)
     fleet = realfleet.Fleet(model, arguments.shapes, root, arguments.workers, arguments.routers)
     asked = calibration.requests(menu, arguments.requests, arguments.rate, arguments.seed)
-    with _progress(console) as progress:
+    with terminal.progress(console) as progress:
         bar = progress.add_task("", total=len(realfleet.POLICIES) * arguments.requests)
         comparisons = calibration.run(
             fleet,
@@ -60,7 +60,7 @@ def overhead(arguments: argparse.Namespace, console: Console) -> int:
     """What the router adds to a request."""
     from ltx2_pool.tools.bench import overhead
 
-    with _progress(console) as progress:
+    with terminal.progress(console) as progress:
         bar = progress.add_task("requests", total=len(overhead.SIZES) * arguments.requests)
         found = overhead.run(arguments.requests, functools.partial(progress.advance, bar))
     overhead.show(found, console)
@@ -74,7 +74,7 @@ def soak(arguments: argparse.Namespace, console: Console) -> int:
     from ltx2_pool.tools.bench import soak
 
     model = Path(options.recipe(arguments, console).model_path)
-    with tempfile.TemporaryDirectory(prefix="ltx2-soak-") as work, _progress(console) as progress:
+    with tempfile.TemporaryDirectory(prefix="ltx2-soak-") as work, terminal.progress(console) as progress:
         bar = progress.add_task("jobs", total=arguments.jobs)
         record = soak.run(
             Path(work),
@@ -89,7 +89,3 @@ def soak(arguments: argparse.Namespace, console: Console) -> int:
     for path in soak.write(record, {"date": time.strftime("%Y-%m-%d"), "seed": arguments.seed}, arguments.out):
         console.print(f"wrote {path}")
     return 1 if record.problems else 0
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
