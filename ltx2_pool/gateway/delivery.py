@@ -44,16 +44,17 @@ async def respond(request: Request, content: Content, path: str, size: int, etag
     if _matches(request.headers.get("if-none-match"), quoted):
         return Response(status_code=304, headers=headers)
     condition = request.headers.get("if-range")
-    part = span(request.headers.get("range"), size) if condition in (None, quoted) else None
+    ranged = request.method == "GET" and condition in (None, quoted)  # no other method has ranges
+    part = span(request.headers.get("range"), size) if ranged else None
     start, stop = part or (0, size)
     headers["content-length"] = str(stop - start)
     if part:
         headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
-    status = 206 if part else 200
     if request.method == "HEAD":
-        return Response(status_code=status, headers=headers, media_type=media_type)
+        return Response(headers=headers, media_type=media_type)
     with reading(path):
-        return StreamingResponse(await content.read(path, start, stop), status, headers, media_type)
+        pieces = await content.read(path, start, stop)
+    return StreamingResponse(pieces, 206 if part else 200, headers, media_type)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 from ltx2_pool.gateway.content import Content
 from ltx2_pool.gateway.dispatcher import Dispatcher
@@ -34,6 +35,8 @@ class Gateway:
         self.content = Content(settings.content)
         self.stills = Stills(self.content)
         self.reader, self.news = Reader(self.store), News()
+        self.watched: Counter[str] = Counter()
+        """Of how many jobs each owner's open event streams are."""
         self.upstream = Upstream(settings.frontend, settings.worker_urls, settings.concurrency)
         self.outlook = Outlook(self.upstream, self.menu, settings.concurrency)
         self.dispatcher = Dispatcher(self.store, self.content, self.upstream, self.news, self.metrics, settings)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ParamSpec, TypeVar
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator
 from starlette.datastructures import UploadFile
@@ -29,6 +30,8 @@ LARGE = 1_000_000
 """Bytes from which a request is read, judged and written in a thread, two at a time: nobody else waits for it."""
 PIECES = 250_000
 """So many commas, brackets and escapes may be in a request: a picture has none, and a parser holds everybody up."""
+FIELDS = 50
+"""Of a form."""
 _TURNS = asyncio.Semaphore(2)
 _MAX_INTEGER = 2**31 - 1
 PICTURE_FIELDS = ("input_reference", "last_frame_reference")
@@ -118,8 +121,11 @@ async def read(request: Request, max_bytes: int) -> dict[str, Any]:
         if kind in ("application/json", ""):
             body = await request.body()
             return await heavy(len(body), _object, body)
-        if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-            async with request.form(max_files=2, max_fields=50, max_part_size=max_bytes) as form:
+        if kind == "application/x-www-form-urlencoded":
+            body = await request.body()
+            return await _fields(await heavy(len(body), _pairs, body))
+        if kind == "multipart/form-data":
+            async with request.form(max_files=2, max_fields=FIELDS, max_part_size=max_bytes) as form:
                 return await _fields(form.multi_items())
     except ClientDisconnect:
         raise ApiError(400, "the request ended early") from None
@@ -141,9 +147,7 @@ async def heavy(size: int, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    pieces = sum(map(data.count, (b",", b"[", b"{")))
-    if pieces > PIECES or data.count(b"\\") > PIECES + len(data) // 32:  # base64 may have each "/" escaped
-        raise ApiError(400, f"the request has too many parts: at most {PIECES} commas, brackets and escapes")
+    _check_parts(data, sum(map(data.count, (b",", b"[", b"{"))), data.count(b"\\"))
     try:
         fields = json.loads(data, parse_constant=_no_constant, parse_int=_integer, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -151,6 +155,22 @@ def _object(data: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ApiError(400, "the request must be a JSON object")
     return fields
+
+
+def _check_parts(data: bytes, pieces: int, escapes: int) -> None:
+    if pieces > PIECES or escapes > PIECES + len(data) // 32:  # of base64, each "/" or "+" may be escaped
+        raise ApiError(400, f"the request has too many parts: at most {PIECES} commas, brackets and escapes")
+
+
+def _pairs(data: bytes) -> list[tuple[str, str]]:
+    """The fields of a form without files."""
+    _check_parts(data, 0, data.count(b"%"))
+    try:
+        return parse_qsl(data.decode(), keep_blank_values=True, errors="strict", max_num_fields=FIELDS)
+    except UnicodeError:
+        raise ApiError(400, "the form cannot be read: it is not UTF-8") from None
+    except ValueError:
+        raise ApiError(400, f"the form cannot be read: it has more than {FIELDS} fields") from None
 
 
 def _no_constant(name: str) -> None:

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -33,6 +33,8 @@ LOOK_EVERY = 1.0
 KEEP_ALIVE = 15.0
 WATCHED = 100
 """How many jobs one event stream may be of."""
+WATCHED_IN_ALL = 1000
+"""How many jobs all event streams of one key may be of: each is looked at every second."""
 _ID = re.compile(r"video_[0-9a-f]{32}")
 
 
@@ -234,10 +236,23 @@ def _stream(request: Request, gateway: Gateway, owner: Owner, ids: Sequence[str]
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     if request.method == "HEAD":  # a stream without a body would hold the connection up until the jobs have ended
         return Response(headers=headers, media_type="text/event-stream")
-    return StreamingResponse(_watch(gateway, owner, ids), headers=headers, media_type="text/event-stream")
+    if gateway.watched[owner.name] + len(ids) > WATCHED_IN_ALL:
+        text = f"the open event streams of this key may be of {WATCHED_IN_ALL} videos in all: close some, or poll"
+        raise ApiError(429, text, code="too_many_events", retry_after=5)
+    return StreamingResponse(_counted(gateway, owner, ids), headers=headers, media_type="text/event-stream")
 
 
-async def _watch(gateway: Gateway, owner: Owner, ids: Sequence[str]) -> AsyncIterator[str]:
+async def _counted(gateway: Gateway, owner: Owner, ids: Sequence[str]) -> AsyncIterator[str]:
+    gateway.watched[owner.name] += len(ids)
+    try:
+        async with contextlib.aclosing(_watch(gateway, owner, ids)) as news:
+            async for each in news:
+                yield each
+    finally:
+        gateway.watched[owner.name] -= len(ids)
+
+
+async def _watch(gateway: Gateway, owner: Owner, ids: Sequence[str]) -> AsyncGenerator[str]:
     told: dict[str, Any] = dict.fromkeys(ids)
     said = time.monotonic()
     while True:

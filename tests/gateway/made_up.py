@@ -109,6 +109,8 @@ class Frontend:
         self.requests.append(body)
         if self.away:
             return Response(status_code=404)
+        if not isinstance(body.get("prompt"), str):  # a synchronous call is judged by the frontend alone
+            return JSONResponse({"message": "prompt is missing", "type": "x", "code": 400}, 400)
         verb, _, count = body["prompt"].split(" ")[0].partition(":")
         if count:
             so_far = self._times.get(body["prompt"], 0)

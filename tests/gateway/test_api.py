@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -220,6 +221,11 @@ def test_an_idempotency_key_makes_one_job_however_often_it_is_sent(gateway):
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
 
 
+def test_a_range_is_of_what_is_fetched_and_not_of_its_headers(gateway, made):
+    answer = gateway.client.head(f"/v1/videos/{made}/content", headers={"range": "bytes=0-3"})
+    assert (answer.status_code, answer.headers["content-length"]) == (200, str(len(mp4())))
+
+
 def test_the_events_of_a_job_end_with_it(gateway):
     id = gateway.create("watched")
     events = [
@@ -234,11 +240,31 @@ def test_the_events_of_a_job_end_with_it(gateway):
 
 
 def test_who_asks_for_the_headers_of_events_does_not_wait_for_them(make_gateway, own_frontend):
-    running = make_gateway(own_frontend)
+    running = make_gateway(own_frontend, drain_timeout="1")
     id = running.create("hold")
     for path in (f"/v1/videos/{id}/events", f"/v1/videos/events?ids={id}"):
         assert running.client.head(path).headers["content-type"] == "text/event-stream; charset=utf-8"
         assert running.client.get("/health").status_code == 200  # on the same connection
+
+
+def test_the_event_streams_of_a_key_are_bounded(make_gateway, own_frontend):
+    running = make_gateway(own_frontend, drain_timeout="1")
+    ids = ",".join(running.create("hold") for _ in range(100))
+    with contextlib.ExitStack() as cleanup:
+        streams = [
+            cleanup.enter_context(running.client.stream("GET", f"/v1/videos/events?ids={ids}")) for _ in range(10)
+        ]
+        lines = [stream.iter_lines() for stream in streams]  # a stream is closed with its iterator
+        assert {next(each) for each in lines} == {"event: video"}
+        refused = running.client.get(f"/v1/videos/{ids[:38]}/events")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_events")
+        streams[0].close()
+
+        def admitted() -> bool:
+            with running.client.stream("GET", f"/v1/videos/events?ids={ids}") as stream:
+                return stream.status_code == 200
+
+        wait(admitted)
 
 
 def test_the_events_of_a_deleted_job_say_so(gateway):

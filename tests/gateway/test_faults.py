@@ -93,6 +93,34 @@ def test_a_large_picture_is_accepted_in_either_form(gateway, frontend):
     assert [r["input_reference"] for r in frontend.requests if r["prompt"] == "large json"] == [url]
 
 
+def test_a_form_without_files_is_read_as_curl_sends_it(gateway, frontend):
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    url = "data:image/png;base64," + ("A" * 60 + "+/") * 50_000
+    escaped = url.replace("+", "%2B")
+    for content in ("prompt=a f%C3%B6x + möre&nvext[seed]=7", f"prompt=large%20url&input_reference={escaped}"):
+        answer = gateway.client.post("/v1/videos", content=content, headers=kind)
+        assert gateway.ended(answer.json()["id"])["status"] == "completed"
+    asked = {request["prompt"]: request for request in frontend.requests}
+    assert asked["a föx   möre"]["nvext"] == {"seed": 7}
+    assert asked["large url"]["input_reference"] == url
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"prompt=\xff", "it is not UTF-8"),
+        (b"prompt=%ff", "it is not UTF-8"),
+        (b"&".join(b"f%d=1" % n for n in range(51)), "more than 50 fields"),
+        (b"prompt=" + b"%41" * 600_000, "too many parts"),
+        (b"prompt=a&prompt=b", "there twice"),
+        (b"", "prompt: Field required"),
+    ],
+)
+def test_a_form_that_cannot_be_read_is_refused(gateway, content, said):
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    refused(gateway.client.post("/v1/videos", content=content, headers=kind), 400, said)
+
+
 def test_bodies_that_come_in_at_once_are_bounded(make_gateway, frontend):
     running = make_gateway(frontend, max_body_mb="0.01")
     head = (
