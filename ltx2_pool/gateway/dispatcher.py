@@ -13,16 +13,16 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ltx2_pool.gateway.content import Content, Stored
-from ltx2_pool.gateway.jobs import Claimed
+from ltx2_pool.gateway.jobs import Claimed, storable
 from ltx2_pool.gateway.metrics import GatewayMetrics
 from ltx2_pool.gateway.news import News
 from ltx2_pool.gateway.settings import GatewaySettings
-from ltx2_pool.gateway.store import Refused, Store, StoreError, storable
+from ltx2_pool.gateway.store import Refused, Store, StoreError
 from ltx2_pool.gateway.upstream import Busy, Failed, Lost
 
 logger = logging.getLogger(__name__)
@@ -86,13 +86,15 @@ class Dispatcher:
         self._works: dict[str, tuple[_Work, asyncio.Task[None]]] = {}
         """By token: after a pause that was too long, this dispatcher may take over its own job."""
         self._loops: list[asyncio.Task[None]] = []
+        self._closing = False
         self.typical = 0.0
         """Seconds that a job takes here, as a moving average; 0 when nobody knows."""
 
     def start(self) -> None:
+        self._closing = False
         self._loops = [
-            asyncio.create_task(_forever(self._claim, self._wake, LOOK_EVERY)),
-            asyncio.create_task(_forever(self._sweep, self._sweep_now, SWEEP_EVERY)),
+            asyncio.create_task(self._repeat(self._claim, self._wake, LOOK_EVERY)),
+            asyncio.create_task(self._repeat(self._sweep, self._sweep_now, SWEEP_EVERY)),
         ]
 
     def wake(self) -> None:
@@ -108,9 +110,11 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Take no more jobs, wait for those in work, and put back what is not done in time."""
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.wait(self._loops)
+        self._closing = True
+        self._wake.set()
+        claiming, sweeping = self._loops
+        sweeping.cancel()
+        await asyncio.wait({claiming, sweeping})  # a claim is not cancelled: nobody would know whether it was made
         tasks = [task for _, task in self._works.values()]
         if tasks:
             logger.info("draining %d jobs for up to %g s", len(tasks), self._settings.drain_timeout)
@@ -120,9 +124,22 @@ class Dispatcher:
             if late:
                 await asyncio.wait(late)
 
+    async def _repeat(self, step: Callable[[], Awaitable[None]], wake: asyncio.Event, every: float) -> None:
+        """Take the step when woken, and every so often; what goes wrong is logged, and tried again."""
+        while not self._closing:
+            try:
+                await step()
+            except Exception as error:
+                logger.error("%s: %s: %s", step.__name__, type(error).__name__, error)
+                await asyncio.sleep(1)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(every):
+                    await wake.wait()
+            wake.clear()
+
     async def _claim(self) -> None:
         """Take jobs until there are none, or enough are in work."""
-        while len(self._works) < self._settings.concurrency:
+        while len(self._works) < self._settings.concurrency and not self._closing:
             token = secrets.token_hex(16)
             job = await self._store.claim(token, self._settings.claim_timeout, self._settings.job_timeout)
             if job is None:
@@ -321,20 +338,6 @@ class Dispatcher:
         with contextlib.suppress(StoreError):
             await self._store.give_back(work.job.id, work.token)
         self._sweep_now.set()
-
-
-async def _forever(step: Callable[[], object], wake: asyncio.Event, every: float) -> None:
-    """Take the step when woken, and every so often; what goes wrong is logged, and tried again."""
-    while True:
-        try:
-            await step()  # type: ignore[misc]
-        except Exception as error:
-            logger.error("%s: %s: %s", step.__name__, type(error).__name__, error)
-            await asyncio.sleep(1)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(every):
-                await wake.wait()
-        wake.clear()
 
 
 def _failing(error: Exception) -> asyncio.Future[bytes]:

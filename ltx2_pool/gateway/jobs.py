@@ -82,3 +82,8 @@ class Claimed:
 
 def _whole(moment: float | None) -> int | None:
     return None if moment is None else int(moment)
+
+
+def storable(text: str, limit: int) -> str:
+    """A text as every database takes it: without NUL and halves of surrogate pairs, and not longer than the limit."""
+    return text[:limit].replace("\0", "?").encode("utf-8", "replace").decode()

@@ -10,24 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
-    Boolean,
-    Column,
     ColumnElement,
+    CursorResult,
     Double,
-    Index,
-    Integer,
-    MetaData,
     ScalarSelect,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
     and_,
     case,
     delete,
@@ -41,45 +33,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from ltx2_pool.gateway.jobs import Claimed, Job
+from ltx2_pool.gateway.jobs import Claimed, Job, storable
+from ltx2_pool.gateway.tables import metadata, videos
 
-metadata = MetaData()
-videos = Table(
-    "videos",
-    metadata,
-    Column("id", String(64), primary_key=True),
-    Column("owner", String(128), nullable=False),
-    Column("status", String(16), nullable=False),
-    Column("progress", Integer, nullable=False, default=0),
-    Column("model", String(256), nullable=False),
-    Column("prompt", Text, nullable=False),
-    Column("size", String(64), nullable=False),
-    Column("seconds", String(64), nullable=False),
-    Column("created", Double, nullable=False),
-    Column("started", Double),
-    Column("ended", Double),
-    Column("expires", Double),
-    Column("remixed_from", String(64)),
-    Column("error_code", String(64)),
-    Column("error", Text),
-    Column("content", String(256)),
-    Column("bytes", Integer, nullable=False, default=0),
-    Column("etag", String(80), nullable=False, default=""),
-    Column("body", Text, nullable=False),
-    Column("attempts", Integer, nullable=False, default=0),
-    Column("not_before", Double, nullable=False),
-    Column("claim", String(64)),
-    Column("claimed_until", Double),
-    Column("deleted", Boolean, nullable=False, default=False),
-    Column("idempotency_key", String(256)),
-    Column("fingerprint", String(64)),
-    UniqueConstraint("owner", "idempotency_key"),
-    Index("videos_by_owner", "owner", "id"),
-    Index("videos_by_status", "status", "created"),
-    Index("videos_by_expiry", "expires"),
-)
+T = TypeVar("T")
+
 _SEEN = [videos.c[field.name] for field in fields(Job)]
 _ACTIVE = ("queued", "in_progress")
 CONNECT_TIMEOUT = 5.0
@@ -122,6 +82,7 @@ class Store:
             pool_pre_ping=not self._sqlite,
             connect_args={} if self._sqlite else {"timeout": CONNECT_TIMEOUT},
         )
+        self._begun: set[asyncio.Task[Any]] = set()
         if self._sqlite:
             event.listen(self._engine.sync_engine, "connect", _durable)
         self._now: ColumnElement[float] = literal_column(
@@ -135,16 +96,19 @@ class Store:
         """Make the tables that are not there."""
         if self._sqlite and not (file := Path(self._engine.url.database or "")).parent.is_dir():
             raise StoreError(f"{file} cannot be made: {file.parent} is no directory")
-        async with _Failing(), self._engine.begin() as connection:
-            if not self._sqlite:  # two gateways that start at once
-                await connection.exec_driver_sql("SELECT pg_advisory_lock(4207843)")
-            try:
-                await connection.run_sync(metadata.create_all)
-            finally:
-                if not self._sqlite:
-                    await connection.exec_driver_sql("SELECT pg_advisory_unlock(4207843)")
+        with _failing():
+            async with self._engine.begin() as connection:
+                if not self._sqlite:  # two gateways that start at once
+                    await connection.exec_driver_sql("SELECT pg_advisory_lock(4207843)")
+                try:
+                    await connection.run_sync(metadata.create_all)
+                finally:
+                    if not self._sqlite:
+                        await connection.exec_driver_sql("SELECT pg_advisory_unlock(4207843)")
 
     async def close(self) -> None:
+        if self._begun:
+            await asyncio.wait(self._begun)
         await self._engine.dispose()
 
     async def add(
@@ -339,31 +303,33 @@ class Store:
         return await self._changes(update(videos).where(mine).values(**values))
 
     async def _rows(self, statement: Any) -> list[Any]:
-        async with self._connection() as connection:
-            result = await connection.execute(statement)
-            return list(result.fetchall())
+        return await self._carried_through(statement, lambda result: list(result.fetchall()))
 
     async def _changes(self, statement: Any) -> bool:
-        async with self._connection() as connection:
-            result = await connection.execute(statement)
-            return bool(result.rowcount)
+        return await self._carried_through(statement, lambda result: bool(result.rowcount))
 
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[AsyncConnection]:
-        async with _Failing(), asyncio.timeout(TIMEOUT), self._engine.connect() as connection:
-            yield connection
+    async def _carried_through(self, statement: Any, read: Callable[[CursorResult[Any]], T]) -> T:
+        """Also when the caller is cancelled: a change whose rows nobody reads keeps SQLite locked for everybody."""
+
+        async def run() -> T:
+            with _failing():
+                async with asyncio.timeout(TIMEOUT), self._engine.connect() as connection:
+                    return read(await connection.execute(statement))
+
+        task = asyncio.create_task(run())
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        return await asyncio.shield(task)
 
 
-class _Failing:
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
     """Turns what a database throws into StoreError."""
-
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SQLAlchemyError | OSError | TimeoutError | UnicodeError | OverflowError):
-            kind = Refused if _is_final(error) else StoreError
-            raise kind((str(error).splitlines() or [type(error).__name__])[0]) from error
+    try:
+        yield
+    except (SQLAlchemyError, OSError, TimeoutError, UnicodeError, OverflowError) as error:
+        kind = Refused if _is_final(error) else StoreError
+        raise kind((str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 def _is_final(error: BaseException) -> bool:
@@ -372,11 +338,6 @@ def _is_final(error: BaseException) -> bool:
         return True
     # SQLSTATE classes 22 and 23: data exceptions, violated constraints
     return str(getattr(getattr(error, "orig", None), "sqlstate", "")).startswith(("22", "23"))
-
-
-def storable(text: str, limit: int) -> str:
-    """A text as every database takes it: without NUL and halves of surrogate pairs, and not longer than the limit."""
-    return text[:limit].replace("\0", "?").encode("utf-8", "replace").decode()
 
 
 def _durable(connection: Any, _record: object) -> None:

@@ -25,7 +25,8 @@ from ltx2_pool.gateway.metrics import GatewayMetrics
 from ltx2_pool.gateway.news import News, Reader
 from ltx2_pool.gateway.settings import GatewaySettings
 from ltx2_pool.gateway.stills import Stills
-from ltx2_pool.gateway.store import Refused, Store, StoreError, videos
+from ltx2_pool.gateway.store import Refused, Store, StoreError
+from ltx2_pool.gateway.tables import videos
 from ltx2_pool.gateway.upstream import Failed, Lost, Upstream
 from tests.gateway.made_up import mp4
 
@@ -103,6 +104,26 @@ def once(store: Store, method: str, monkeypatch: pytest.MonkeyPatch, error: Exce
         return answer
 
     monkeypatch.setattr(store, method, wrapped)
+
+
+async def test_a_job_that_is_claimed_as_the_gateway_closes_is_made(world, monkeypatch):
+    """And not left to a claim that has to run out."""
+    claim, asked, go = world.store.claim, asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any) -> Any:
+        asked.set()
+        await go.wait()
+        return await claim(*args)
+
+    monkeypatch.setattr(world.store, "claim", slow)
+    id = await world.add()
+    await asked.wait()
+    closing = asyncio.create_task(world.dispatcher.close())
+    await asyncio.sleep(0)
+    go.set()
+    await closing
+    job = await world.job(id)
+    assert (job.status, world.making) == ("completed", 1)
 
 
 async def test_a_completion_whose_answer_is_lost_keeps_its_video(world, monkeypatch):

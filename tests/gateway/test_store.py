@@ -49,6 +49,18 @@ async def test_each_job_is_claimed_once_however_many_ask(store):
     assert sorted(claimed) == sorted(ids)
 
 
+async def test_whoever_is_cancelled_in_the_middle_of_a_change_locks_nobody_out(store):
+    """SQLite is locked until the rows of a change are read."""
+    for number in range(60):
+        await add(store)
+        for change in (store.claim("t", 60, 60), add(store), store.overdue(0, 60)):
+            cancelled = asyncio.create_task(change)
+            await asyncio.sleep(number * 0.00005)
+            cancelled.cancel()
+            await asyncio.wait({cancelled})
+    assert await store.mark_deleted(await add(store))
+
+
 async def test_as_many_jobs_are_read_at_once_as_clients_ask_for(store):
     id = await add(store)
     assert set(await store.get_many([*map(str, range(40_000)), id])) == {id}
