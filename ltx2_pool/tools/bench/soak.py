@@ -146,6 +146,8 @@ class Soak:
                 record.problems += [f"{job['id']} is still there, {job['status']}" for job in left]
                 self._look()
             finally:
+                if sampling.done():
+                    sampling.result()  # why it ended
                 sampling.cancel()
         record.seconds = time.monotonic() - self._began
         record.check()
@@ -246,13 +248,10 @@ class Soak:
             for one in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     zombies += one.status() == psutil.STATUS_ZOMBIE
-            files = (
-                sum(path.is_file() for path in self._directories[name].rglob("*")) if name in self._directories else 0
-            )
-            sample = Sample(
-                now, ended, name, process.memory_info().rss, process.num_fds(), len(family) - 1, zombies, files
-            )
-            self._record.samples.append(sample)
+            walked = os.walk(self._directories[name]) if name in self._directories else ()
+            files = sum(len(found) for _, _, found in walked)  # directories come and go meanwhile
+            held = process.memory_info().rss, process.num_fds(), len(family) - 1, zombies, files
+            self._record.samples.append(Sample(now, ended, name, *held))
 
 
 def run(
