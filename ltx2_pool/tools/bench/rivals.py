@@ -3,7 +3,7 @@
 Each way runs in a process of its own (:mod:`ltx2_pool.tools.bench.ways`), one after the other on the same device, and
 makes the same videos:
 
-- *stock*: FastVideo's ``VideoGenerator`` with its own executor, compiled, and no file written;
+- *stock*: FastVideo's ``VideoGenerator`` with its own executor, compiled, in one stage, and no file written;
 - *in-process*: the engine of ``LTX2_POOL_MODE=0``;
 - *pool*: a shape process that borrows its weights; and the same with ``--enable-optimizations``.
 
