@@ -87,6 +87,7 @@ class Dispatcher:
         """By token: after a pause that was too long, this dispatcher may take over its own job."""
         self._loops: list[asyncio.Task[None]] = []
         self._closing = False
+        self._busy_until = 0.0
         self.typical = 0.0
         """Seconds that a job takes here, as a moving average; 0 when nobody knows."""
 
@@ -140,6 +141,8 @@ class Dispatcher:
     async def _claim(self) -> None:
         """Take jobs until there are none, or enough are in work."""
         while len(self._works) < self._settings.concurrency and not self._closing:
+            if time.monotonic() < self._busy_until:
+                return  # a queue of a thousand jobs would ask a frontend that is away a thousand times a second
             token = secrets.token_hex(16)
             job = await self._store.claim(token, self._settings.claim_timeout, self._settings.job_timeout)
             if job is None:
@@ -276,6 +279,7 @@ class Dispatcher:
             ours = await self._store.complete(job.id, work.token, work.path, stored.size, stored.etag, retention)
             if ours:
                 took = time.monotonic() - work.began
+                self._busy_until = 0.0
                 self.typical = took if not self.typical else 0.8 * self.typical + 0.2 * took
                 self._metrics.ended.labels("completed").inc()
                 self._metrics.seconds.observe(max(0.0, self._settings.job_timeout - job.left + took))
@@ -289,7 +293,9 @@ class Dispatcher:
         except TimeoutError:
             ours = await self._fail(work, "timeout", "the video was not made in time")
         except Busy as busy:
-            ours = await self._again(work, "busy", str(busy), random.uniform(0.5, 2), counted=False)
+            pause = random.uniform(0.5, 2)
+            self._busy_until = time.monotonic() + pause
+            ours = await self._again(work, "busy", str(busy), pause, counted=False)
         except Lost as lost:
             if job.attempts >= self._settings.attempts:
                 ours = await self._fail(work, "server_error", f"the video was lost {job.attempts} times: {lost}")

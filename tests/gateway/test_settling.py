@@ -27,7 +27,7 @@ from ltx2_pool.gateway.settings import GatewaySettings
 from ltx2_pool.gateway.stills import Stills
 from ltx2_pool.gateway.store import Refused, Store, StoreError
 from ltx2_pool.gateway.tables import videos
-from ltx2_pool.gateway.upstream import Failed, Lost, Upstream
+from ltx2_pool.gateway.upstream import Busy, Failed, Lost, Upstream
 from tests.gateway.made_up import mp4
 
 JOB = Job("", "a", "queued", 0, "m", "p", "64x64", "5", time.time())
@@ -124,6 +124,17 @@ async def test_a_job_that_is_claimed_as_the_gateway_closes_is_made(world, monkey
     await closing
     job = await world.job(id)
     assert (job.status, world.making) == ("completed", 1)
+
+
+async def test_a_frontend_that_is_away_is_not_asked_for_every_job_of_the_queue(world):
+    world.error = Busy("the frontend does not answer")
+    for _ in range(60):
+        await world.add()
+    began = time.monotonic()
+    await until(lambda: world.making >= 12)  # the first four, and those after two pauses of half a second or more
+    assert time.monotonic() - began > 0.9
+    world.error = None
+    assert (await world.ended(await world.add())).status == "completed"
 
 
 async def test_a_completion_whose_answer_is_lost_keeps_its_video(world, monkeypatch):
