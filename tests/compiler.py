@@ -1,8 +1,8 @@
 """g++ for the tests, which compile the same shapes again and again: what it made once of the same source is copied.
 
-TorchInductor has its C++ compiled by what CXX names, each kernel on its own (torch/_inductor/cpp_builder.py), into the
-cache directory of the moment; half of a tiny shape's compilation is that. What is compiled, and found again, in
-TorchInductor's own caches is as it is without.
+TorchInductor has g++ compile each kernel on its own (torch/_inductor/cpp_builder.py), into the cache directory of the
+moment; half of a tiny shape's compilation is that. What is compiled, and found again, in TorchInductor's own caches is
+as it is without. Its sources include installed headers and no others, so one is the same where those are.
 """
 
 from __future__ import annotations
@@ -15,22 +15,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+_LONGEST = 200
+"""Characters of an interpreter's path that the kernel reads in a script's first line, with some to spare."""
+
 
 def install(directory: Path) -> Path | None:
-    """The program that CXX is to name; what it compiles stays in the directory. None where there is no g++."""
-    compiler = shutil.which("g++")
-    if compiler is None:
+    """Put a g++ before the others of PATH, in this directory, where what it compiles stays. None: it cannot be had.
+
+    It is found by its name, and not by CXX, which TorchInductor's keys would name.
+    """
+    others = [place for place in os.environ["PATH"].split(os.pathsep) if place != str(directory)]
+    compiler = shutil.which("g++", path=os.pathsep.join(others))
+    if compiler is None or len(sys.executable) > _LONGEST:
         return None
-    directory.mkdir(parents=True, exist_ok=True)
     program = directory / "g++"
     text = (
         f"#!{sys.executable} -IS\n# {compiler}\n{Path(__file__).read_text()}\nmain({str(directory)!r}, {compiler!r})\n"
     )
-    if not program.exists() or program.read_text() != text:
-        fresh = directory / f"g++.{os.getpid()}"
-        fresh.write_text(text)
-        fresh.chmod(0o755)
-        fresh.rename(program)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not program.exists() or program.read_text() != text:
+            fresh = directory / f"g++.{os.getpid()}"
+            fresh.write_text(text)
+            fresh.chmod(0o755)
+            fresh.rename(program)
+    except OSError:  # a checkout that is read-only
+        return None
+    os.environ["PATH"] = os.pathsep.join([str(directory), *others])
     return program
 
 
@@ -62,6 +73,8 @@ def _kept(directory: Path, compiler: str, arguments: list[str]) -> Path | None:
     seen = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     for source in sources:
         seen.update(source.read_bytes())
+    for place in (Path(each[2:]) for each in arguments if each.startswith("-I")):  # a package that is installed anew
+        seen.update(f"{place} {place.stat().st_mtime_ns if place.exists() else 0}".encode())
     for argument in arguments:  # but for where they are: in the cache directory of the moment
         for place in {str(source.parent) for source in sources}:
             argument = argument.replace(place, "")

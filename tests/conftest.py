@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -20,8 +19,7 @@ from tests.paths import REPOSITORY
 settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared-machine")
 
-if (program := compiler.install(REPOSITORY / ".work" / "compiled")) is not None:
-    os.environ["CXX"] = str(program)
+compiler.install(REPOSITORY / ".work" / "compiled")
 
 # A shell without job control starts what is in the background with SIGINT ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

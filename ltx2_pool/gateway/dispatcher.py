@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY = 0.5
 """Seconds between looks for jobs that other gateways have accepted, or that may be tried again."""
 SWEEP_EVERY = 2.0
+CLOSE_TIMEOUT = 15.0
+"""Seconds for what is begun when the gateway closes: a statement has less."""
 TELL_EVERY = 0.25
 """Seconds between two writes of a job's progress."""
 WRITES = 6
@@ -113,9 +115,13 @@ class Dispatcher:
         """Take no more jobs, wait for those in work, and put back what is not done in time."""
         self._closing = True
         self._wake.set()
-        claiming, sweeping = self._loops
-        sweeping.cancel()
-        await asyncio.wait({claiming, sweeping})  # a claim is not cancelled: nobody would know whether it was made
+        self._sweep_now.set()
+        # Not cancelled, as long as it can be helped: nobody would know whether a claim was made, or a job failed.
+        _, late = await asyncio.wait(self._loops, timeout=CLOSE_TIMEOUT)
+        for loop in late:
+            loop.cancel()
+        if late:
+            await asyncio.wait(late)
         tasks = [task for _, task in self._works.values()]
         if tasks:
             logger.info("draining %d jobs for up to %g s", len(tasks), self._settings.drain_timeout)
@@ -166,7 +172,7 @@ class Dispatcher:
             with contextlib.suppress(Exception):
                 await self._content.remove(id)
         stuck: list[str] = []
-        while remains := await self._store.remains(skip=stuck):
+        while not self._closing and (remains := await self._store.remains(skip=stuck)):
             for id, expired in remains:
                 try:
                     await self._content.remove(id)

@@ -194,13 +194,15 @@ async def _fields(items: Sequence[tuple[str, str | UploadFile]]) -> dict[str, An
     """A form's fields as JSON has them: files as ``data:`` URLs, ``nvext[seed]=7`` as an object with a number."""
     fields: dict[str, Any] = {}
     for name, value in items:
+        if len(name) > 80:
+            raise ApiError(400, f"{name[:80]!a}...: unknown field")
         inner = re.fullmatch(r"(\w+)\[(\w+)\]", name)
         target, key = (fields.setdefault(inner[1], {}), inner[2]) if inner else (fields, name)
         if not isinstance(target, dict) or key in target:
-            raise ApiError(400, f"{name[:80]!a} is there twice", param=name[:80])
+            raise ApiError(400, f"{name!a} is there twice", param=name)
         if isinstance(value, UploadFile):
             if name not in PICTURE_FIELDS:
-                raise ApiError(400, f"{name[:80]!a} is no field for a file", param=name[:80])
+                raise ApiError(400, f"{name!a} is no field for a file", param=name)
             target[key] = await _data_url(value, name)
         elif (inner and key not in TEXTS) or name.endswith("_strength"):
             target[key] = _number(value)

@@ -80,6 +80,7 @@ class Store:
             pool_size=4,
             max_overflow=0,
             pool_pre_ping=not self._sqlite,
+            hide_parameters=True,  # prompts are nothing for a log
             connect_args={} if self._sqlite else {"timeout": CONNECT_TIMEOUT},
         )
         self._begun: set[asyncio.Task[Any]] = set()
@@ -107,7 +108,7 @@ class Store:
                         await connection.exec_driver_sql("SELECT pg_advisory_unlock(4207843)")
 
     async def close(self) -> None:
-        if self._begun:
+        while self._begun:
             await asyncio.wait(self._begun)
         await self._engine.dispose()
 
@@ -235,9 +236,12 @@ class Store:
         return None
 
     async def beat(self, id: str, token: str, seconds: float, progress: int) -> bool:
-        """Renew a claim; False when the job is no longer ours to make: another has it, or its client deleted it."""
-        values = {"claimed_until": self._now + seconds, "progress": progress}
-        return await self._own(id, token, **values)
+        """Renew a claim; False when the job is no longer ours to make: another has it, or its client deleted it.
+
+        One that was slow may come after a later one: progress does not go back.
+        """
+        furthest = case((videos.c.progress > progress, videos.c.progress), else_=progress)
+        return await self._own(id, token, claimed_until=self._now + seconds, progress=furthest)
 
     async def complete(self, id: str, token: str, content: str, size: int, etag: str, retention: float) -> bool:
         """The video is in the content store; False when the job was no longer ours.
@@ -316,9 +320,14 @@ class Store:
                 async with asyncio.timeout(TIMEOUT), self._engine.connect() as connection:
                     return read(await connection.execute(statement))
 
+        def end(task: asyncio.Task[T]) -> None:
+            self._begun.discard(task)
+            if not task.cancelled():
+                task.exception()  # its caller may be gone, and then nobody is to hear of it
+
         task = asyncio.create_task(run())
         self._begun.add(task)
-        task.add_done_callback(self._begun.discard)
+        task.add_done_callback(end)
         return await asyncio.shield(task)
 
 

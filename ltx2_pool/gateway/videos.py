@@ -8,11 +8,12 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ltx2_pool.gateway import delivery, intake, stills
 from ltx2_pool.gateway.errors import ApiError, not_found
@@ -239,20 +240,30 @@ def _stream(request: Request, gateway: Gateway, owner: Owner, ids: Sequence[str]
     if gateway.watched[owner.name] + len(ids) > WATCHED_IN_ALL:
         text = f"the open event streams of this key may be of {WATCHED_IN_ALL} videos in all: close some, or poll"
         raise ApiError(429, text, code="too_many_events", retry_after=5)
-    return StreamingResponse(_counted(gateway, owner, ids), headers=headers, media_type="text/event-stream")
-
-
-async def _counted(gateway: Gateway, owner: Owner, ids: Sequence[str]) -> AsyncIterator[str]:
     gateway.watched[owner.name] += len(ids)
-    try:
-        async with contextlib.aclosing(_watch(gateway, owner, ids)) as news:
-            async for each in news:
-                yield each
-    finally:
+
+    def close() -> None:
         gateway.watched[owner.name] -= len(ids)
 
+    return _Events(_watch(gateway, owner, ids), close, headers)
 
-async def _watch(gateway: Gateway, owner: Owner, ids: Sequence[str]) -> AsyncGenerator[str]:
+
+class _Events(StreamingResponse):
+    """A stream that says when it is over, also when it has not begun."""
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None], headers: Mapping[str, str]) -> None:
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """To its client."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+
+async def _watch(gateway: Gateway, owner: Owner, ids: Sequence[str]) -> AsyncIterator[str]:
     told: dict[str, Any] = dict.fromkeys(ids)
     said = time.monotonic()
     while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
@@ -24,9 +25,13 @@ def progress(console: Console) -> Progress:
 class _Progress(Progress):
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         """Also in a log."""
+        self.update(task_id, advance=advance)
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Also in a log."""
         task = self._tasks[task_id]
         before = task.completed
-        super().advance(task_id, advance)
+        super().update(task_id, **changes)
         if self.console.is_terminal or not task.total:
             return
         if int(10 * before / task.total) < int(10 * task.completed / task.total):

@@ -49,9 +49,9 @@ def model() -> Path:
 @pytest.fixture(scope="session")
 def baked(model: Path) -> Path:
     """The tiny menu's caches, baked once by ltx2-warmup and kept for the next run."""
-    root = WORK / "baked"
+    root = WORK / f"baked-{model.name}"
     options = {"--shapes": MENU, "--model": model, "--cache-root": root, "--jobs": 2}
-    with FileLock(WORK / "baked.lock"):  # of the processes of pytest-xdist, one bakes
+    with FileLock(f"{root}.lock"):  # of the processes of pytest-xdist, one bakes
         subprocess.run([*WARMUP, *(str(part) for option in options.items() for part in option)], check=True)
     return root
 

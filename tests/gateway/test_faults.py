@@ -10,13 +10,18 @@ import select
 import socket
 import threading
 import types
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from starlette.requests import ClientDisconnect
 
+from ltx2_pool.gateway import videos
+from ltx2_pool.gateway.errors import ApiError
+from ltx2_pool.gateway.keys import Owner
 from tests.gateway.conftest import wait
 
 JSON = {"content-type": "application/json"}
@@ -113,6 +118,7 @@ def test_a_form_without_files_is_read_as_curl_sends_it(gateway, frontend):
         (b"&".join(b"f%d=1" % n for n in range(51)), "more than 50 fields"),
         (b"prompt=" + b"%41" * 600_000, "too many parts"),
         (b"prompt=a&prompt=b", "there twice"),
+        (b"n" * 1_000_000 + b"=a", "unknown field"),
         (b"", "prompt: Field required"),
     ],
 )
@@ -152,6 +158,24 @@ def test_a_small_request_gets_in_beside_uploads_that_stall(make_gateway, fronten
             client.sendall(head + b" " * 99_999)
         wait(lambda: running.client.post("/v1/videos", json={"prompt": "x" * 2000}).status_code == 503)
         assert running.client.post("/v1/videos", json={"prompt": "x"}).status_code == 200
+
+
+async def test_event_streams_that_are_asked_for_at_once_are_bounded_too():
+    """They are counted before the first of them has begun to send; those that never begin are as well over."""
+    gateway = types.SimpleNamespace(watched=Counter())
+    request = types.SimpleNamespace(method="GET")
+    ids = [f"video_{number:032x}" for number in range(100)]
+    streams = [videos._stream(request, gateway, Owner("a", 1), ids) for _ in range(10)]  # type: ignore[arg-type]
+    with pytest.raises(ApiError, match="1000 videos in all"):
+        videos._stream(request, gateway, Owner("a", 1), ids[:1])  # type: ignore[arg-type]
+
+    async def vanished(_message: object = None) -> Any:
+        raise OSError("the client went away")
+
+    for stream in streams:
+        with contextlib.suppress(BaseExceptionGroup, OSError, ClientDisconnect):
+            await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, vanished, vanished)  # type: ignore[arg-type]
+    assert gateway.watched["a"] == 0
 
 
 async def test_a_request_that_never_ends_is_given_up(tmp_path, monkeypatch):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator
 
@@ -59,6 +61,30 @@ async def test_whoever_is_cancelled_in_the_middle_of_a_change_locks_nobody_out(s
             cancelled.cancel()
             await asyncio.wait({cancelled})
     assert await store.mark_deleted(await add(store))
+
+
+async def test_what_fails_after_its_caller_is_gone_says_nothing_and_nothing_says_a_prompt(store, caplog):
+    fails = text("SELECT :prompt FROM nowhere").bindparams(prompt=" ".join(("a", "secret", "fox")))
+    gone = asyncio.create_task(store._rows(fails))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.wait({gone})
+    while store._begun:
+        await asyncio.wait(store._begun)
+    gc.collect()
+    assert caplog.records == []
+    with pytest.raises(StoreError) as failed:
+        await store._rows(fails)
+    assert "nowhere" in str(failed.value)
+    assert "secret fox" not in "".join(traceback.format_exception(failed.value))
+
+
+async def test_progress_does_not_go_back_when_a_slow_beat_comes_late(store):
+    id = await add(store)
+    await store.claim("t", 60, 60)
+    for progress, told in ((40, 40), (90, 90), (40, 90)):
+        assert await store.beat(id, "t", 60, progress)
+        assert (await store.get_many([id]))[id].progress == told
 
 
 async def test_as_many_jobs_are_read_at_once_as_clients_ask_for(store):

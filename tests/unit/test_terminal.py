@@ -20,6 +20,19 @@ def test_a_log_has_a_line_after_each_tenth() -> None:
     assert [line.rsplit(" after ", 1)[0] for line in lines] == [f"jobs: {n:,} of 2,000" for n in range(200, 2001, 200)]
 
 
+def test_progress_that_is_told_in_other_ways_is_seen_too() -> None:
+    log = io.StringIO()
+    with terminal.progress(Console(file=log, width=120)) as progress:
+        steps = progress.add_task("training", total=20)
+        for loss in range(20):
+            progress.update(steps, advance=1, description=f"training, loss {loss}")
+        for _ in progress.track(range(20), description="clips"):
+            pass
+    lines = log.getvalue().splitlines()
+    assert "training, loss 19: 20 of 20 after 0 s" in lines
+    assert any(line.startswith("clips: 20 of 20 after ") for line in lines)
+
+
 def test_a_terminal_has_a_bar_and_no_lines() -> None:
     screen = io.StringIO()
     with terminal.progress(Console(file=screen, width=120, force_terminal=True)) as progress:

@@ -140,14 +140,14 @@ class Soak:
                 async with asyncio.TaskGroup() as group:
                     for number in range(jobs):
                         await free.acquire()
+                        if sampling.done():
+                            sampling.result()  # why it ended
                         shape = self._order.choice(self._menu.shapes)
                         group.create_task(one(number, shape, self._order.choices(names, weights)[0]))
                 left = (await self._http.get("/v1/videos", params={"limit": "100"})).json()["data"]
                 record.problems += [f"{job['id']} is still there, {job['status']}" for job in left]
                 self._look()
             finally:
-                if sampling.done():
-                    sampling.result()  # why it ended
                 sampling.cancel()
         record.seconds = time.monotonic() - self._began
         record.check()
