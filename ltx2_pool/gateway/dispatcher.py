@@ -23,7 +23,7 @@ from ltx2_pool.gateway.metrics import GatewayMetrics
 from ltx2_pool.gateway.news import News
 from ltx2_pool.gateway.settings import GatewaySettings
 from ltx2_pool.gateway.store import Refused, Store, StoreError
-from ltx2_pool.gateway.upstream import Busy, Failed, Lost
+from ltx2_pool.gateway.upstream import Away, Busy, Failed, Lost
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Dispatcher:
         """By token: after a pause that was too long, this dispatcher may take over its own job."""
         self._loops: list[asyncio.Task[None]] = []
         self._closing = False
-        self._busy_until = 0.0
+        self._away_until = 0.0
         self.typical = 0.0
         """Seconds that a job takes here, as a moving average; 0 when nobody knows."""
 
@@ -147,7 +147,7 @@ class Dispatcher:
     async def _claim(self) -> None:
         """Take jobs until there are none, or enough are in work."""
         while len(self._works) < self._settings.concurrency and not self._closing:
-            if time.monotonic() < self._busy_until:
+            if time.monotonic() < self._away_until:
                 return  # a queue of a thousand jobs would ask a frontend that is away a thousand times a second
             token = secrets.token_hex(16)
             job = await self._store.claim(token, self._settings.claim_timeout, self._settings.job_timeout)
@@ -285,7 +285,7 @@ class Dispatcher:
             ours = await self._store.complete(job.id, work.token, work.path, stored.size, stored.etag, retention)
             if ours:
                 took = time.monotonic() - work.began
-                self._busy_until = 0.0
+                self._away_until = 0.0
                 self.typical = took if not self.typical else 0.8 * self.typical + 0.2 * took
                 self._metrics.ended.labels("completed").inc()
                 self._metrics.seconds.observe(max(0.0, self._settings.job_timeout - job.left + took))
@@ -300,7 +300,8 @@ class Dispatcher:
             ours = await self._fail(work, "timeout", "the video was not made in time")
         except Busy as busy:
             pause = random.uniform(0.5, 2)
-            self._busy_until = time.monotonic() + pause
+            if isinstance(busy, Away):
+                self._away_until = time.monotonic() + pause
             ours = await self._again(work, "busy", str(busy), pause, counted=False)
         except Lost as lost:
             if job.attempts >= self._settings.attempts:

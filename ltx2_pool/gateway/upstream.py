@@ -41,7 +41,11 @@ class Failed(Exception):
 
 
 class Busy(Exception):
-    """Nobody has begun to make it: the workers are busy or away."""
+    """Nobody has begun to make it: those who could are busy or away."""
+
+
+class Away(Busy):
+    """Nor would anybody have begun another: no frontend is there, or no worker at all."""
 
 
 class Lost(Exception):
@@ -81,7 +85,7 @@ class Upstream:
                     for part in answer.get("data") or ():
                         data = base64.b64decode(part["b64_json"], validate=True)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise Busy(f"the frontend does not answer: {error}") from error
+            raise Away(f"the frontend does not answer: {error}") from error
         except httpx.HTTPError as error:
             raise Lost(f"the frontend broke off: {error or type(error).__name__}") from error
         except NONSENSE as error:
@@ -147,7 +151,9 @@ def meaning(status: int, body: bytes) -> Exception:
         return Failed("invalid_request", text or f"the frontend answered {status}")
     if status == 504:
         return Failed("timeout", text or "the video was not made in time")
-    if status in (404, 429, 529) or "not ready" in text:  # 404 without a text: no worker is registered
+    if status == 404:  # without a text: no worker is registered, of whatever model
+        return Away("404")
+    if status in (429, 529) or "not ready" in text:
         return Busy(f"{status} {text}")
     if status in (499, 502, 503):
         return Lost(f"{status} {text}")

@@ -27,7 +27,7 @@ from ltx2_pool.gateway.settings import GatewaySettings
 from ltx2_pool.gateway.stills import Stills
 from ltx2_pool.gateway.store import Refused, Store, StoreError
 from ltx2_pool.gateway.tables import videos
-from ltx2_pool.gateway.upstream import Busy, Failed, Lost, Upstream
+from ltx2_pool.gateway.upstream import Away, Busy, Failed, Lost, Upstream
 from tests.gateway.made_up import mp4
 
 JOB = Job("", "a", "queued", 0, "m", "p", "64x64", "5", time.time())
@@ -127,7 +127,7 @@ async def test_a_job_that_is_claimed_as_the_gateway_closes_is_made(world, monkey
 
 
 async def test_a_frontend_that_is_away_is_not_asked_for_every_job_of_the_queue(world):
-    world.error = Busy("the frontend does not answer")
+    world.error = Away("the frontend does not answer")
     for _ in range(60):
         await world.add()
     began = time.monotonic()
@@ -135,6 +135,23 @@ async def test_a_frontend_that_is_away_is_not_asked_for_every_job_of_the_queue(w
     assert time.monotonic() - began > 0.9
     world.error = None
     assert (await world.ended(await world.add())).status == "completed"
+
+
+async def test_a_shape_that_is_full_holds_no_other_up(world, monkeypatch):
+    """Not even behind sixty jobs of it, each of which is put off for half a second or more."""
+
+    async def make(body: dict[str, Any], _on_progress: Callable[[int], None]) -> bytes:
+        if body["prompt"] == "p":
+            raise Busy("429 too many jobs of this shape wait")
+        return b"a video"
+
+    monkeypatch.setattr(world, "make", make)
+    for _ in range(60):
+        await world.add()
+    job = dataclasses.replace(JOB, id=new_id())
+    await world.store.add(job, {"prompt": "of another shape"}, max_queue=100, max_active=100)
+    async with asyncio.timeout(20):
+        assert (await world.ended(job.id)).status == "completed"
 
 
 async def test_a_completion_whose_answer_is_lost_keeps_its_video(world, monkeypatch):

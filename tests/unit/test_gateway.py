@@ -183,7 +183,7 @@ def test_settings_have_one_variable_and_one_flag_each():
     [
         (400, "no", upstream.Failed),
         (404, "Model not found", upstream.Failed),
-        (404, "", upstream.Busy),
+        (404, "", upstream.Away),
         (429, "Rate limit exceeded", upstream.Busy),
         (500, "Internal server error", upstream.Failed),
         (503, "Service temporarily unavailable", upstream.Lost),
