@@ -73,7 +73,7 @@ def _kept(directory: Path, compiler: str, arguments: list[str]) -> Path | None:
     seen = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     for source in sources:
         seen.update(source.read_bytes())
-    for place in (Path(each[2:]) for each in arguments if each.startswith("-I")):  # a package that is installed anew
+    for place in (Path(each[2:]) for each in arguments if each.startswith("-I")):  # another version of a package
         seen.update(f"{place} {place.stat().st_mtime_ns if place.exists() else 0}".encode())
     for argument in arguments:  # but for where they are: in the cache directory of the moment
         for place in {str(source.parent) for source in sources}:

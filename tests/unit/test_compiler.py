@@ -47,7 +47,7 @@ def test_other_source_and_other_options_are_compiled(program: Path, tmp_path: Pa
     assert kept(program) == 3
 
 
-def test_headers_that_are_installed_anew_are_compiled_again(program: Path, tmp_path: Path) -> None:
+def test_other_headers_at_the_same_place_are_compiled(program: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         shutil.rmtree(tmp_path / "include", ignore_errors=True)
         (tmp_path / "include").mkdir()
