@@ -21,7 +21,7 @@ demo: $(INSTALLED)  ## four videos through the real frontend, a table and a cont
 
 # On a busy machine a real process may miss a deadline of its test: what failed beside others is run once more, alone, and said.
 test: $(INSTALLED) lint  ## the whole suite, two files of tests at a time
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile || { echo 'once more, alone, what failed:' && $(RUN) -m pytest --last-failed --last-failed-no-failures none; }
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder || { echo 'once more, alone, what failed:' && $(RUN) -m pytest --last-failed --last-failed-no-failures none; }
 
 unit: $(INSTALLED)  ## only what needs no FastVideo
 	$(RUN) -m pytest tests/unit
