@@ -24,7 +24,7 @@ test: $(INSTALLED) lint  ## the whole suite, two files of tests at a time
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder || { echo 'once more, alone, what failed:' && $(RUN) -m pytest --last-failed --last-failed-no-failures none; }
 
 unit: $(INSTALLED)  ## only what needs no FastVideo
-	$(RUN) -m pytest tests/unit
+	$(RUN) -m pytest tests/unit --numprocesses 2 --dist loadfile
 
 mutants: $(INSTALLED)  ## changes the core in small ways (.work/mutants), and lists those that no test notices; minutes
 	rm -rf .work/mutants && mkdir -p .work/mutants && cp -r ltx2_pool tests pyproject.toml shapes.yaml .work/mutants
